@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TextIO
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -79,10 +79,10 @@ class CompositeTracker:
             raise fatal
 
 
-def report(message: str) -> None:
-    """One line on stderr; a closed stderr must not stop training either."""
+def report(message: str, file: TextIO | None = None) -> None:
+    """One line on stderr (or `file`); a closed one must not stop training either."""
     try:
-        print(f"tracking: {message}", file=sys.stderr, flush=True)
+        print(f"tracking: {message}", file=file or sys.stderr, flush=True)
     except (OSError, ValueError):
         return
 

@@ -1,0 +1,311 @@
+"""Copies a run folder to MLflow: `ship(run_dir)`, at any time, any number of times, from any machine.
+
+Files in the run folder, each with one writer:
+    metrics.jsonl         the points                                                        (JsonlTracker)
+    mlflow.json           what the MLflow run should be: uid, uri, params, tags, status     (MlflowTracker)
+    mlflow_shipped.json   what MLflow has: run id, offset into metrics.jsonl, last steps    (ship)
+
+Nothing arrives twice. Rows with equal (name, time, step, value) are one row to MLflow, and the times come
+from metrics.jsonl, so a shipment that was cut off before its offset was saved can be sent again. Beyond that,
+a name goes on only past the last step that was shipped: MLflow cannot delete points, so when a resume replays
+steps, their first values stay there (metrics.jsonl has the new ones).
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import posixpath
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from errno import ENOLCK, ENOSYS, EOPNOTSUPP
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, TypeVar
+
+from xdlm_megatron.tracking.jsonl import decode_line
+from xdlm_megatron.tracking.tracker import Status, report
+
+METRICS_FILE = "metrics.jsonl"
+REQUEST_FILE = "mlflow.json"
+SHIPPED_FILE = "mlflow_shipped.json"
+UID_TAG = "xdlm.uid"
+
+# MLflow's limits on one log_batch call, and on the length of a value.
+METRICS_PER_BATCH = 1000
+PARAMS_PER_BATCH = 100
+VALUE_CHARACTERS = 5000
+SQLITE_TIMEOUT_SECONDS = 60
+
+# A dead server must be an error at once (MLflow's own retries take 247 s); the file survives the outage.
+CLIENT_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+T = TypeVar("T")
+Point = tuple[str, float, int, int]  # name, value, unix milliseconds, step
+
+
+def ship(run_dir: str | Path, status: Status | None = None, uri: str | None = None) -> int:
+    """Send MLflow what it lacks of this run folder; returns the number of points sent.
+
+    `status` is for a run whose trainer was killed before it could say how it ended; by default the status in
+    MLflow stays. `uri` is another address of the store, or another store (which gets the whole run), than the
+    trainer's. Raises FileNotFoundError without mlflow.json, and MLflow's errors when it is not reached.
+    """
+    return Shipper(run_dir, uri).ship(status)
+
+
+def pending_lines(run_dir: str | Path) -> int:
+    """The number of finished lines of metrics.jsonl that MLflow does not have yet."""
+    metrics, shipped = Path(run_dir) / METRICS_FILE, Path(run_dir) / SHIPPED_FILE
+    if not metrics.exists():
+        return 0
+    with open(metrics, "rb") as file:
+        file.seek(_valid_offset(file, read_json(shipped) if shipped.exists() else {}))
+        return sum(line.endswith(b"\n") for line in file)
+
+
+class Shipper:
+    """`ship` with the connection kept open between calls."""
+
+    def __init__(self, run_dir: str | Path, uri: str | None = None) -> None:
+        self.run_dir = Path(run_dir)
+        self.uri = uri  # None: the one in mlflow.json
+        self._client: Any = None
+        self._client_uri = ""
+
+    def ship(self, status: Status | Literal["RUNNING"] | None = None) -> int:
+        request_file = self.run_dir / REQUEST_FILE
+        if not request_file.exists():
+            raise FileNotFoundError(f"{request_file} is missing: this run was started without MLflow")
+        with locked(self.run_dir / "mlflow.lock"):
+            request = read_json(request_file)
+            shipped = self._open_run(request)
+            self._send_params_and_tags(request, shipped)
+            count = self._send_metrics(shipped)
+            self._send_status(request["status"] if request["status"] != "RUNNING" else status, shipped)
+            self._send_artifacts(request, shipped)
+        return count
+
+    def _open_run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Connect, find or create the MLflow run, and return what is known to be there."""
+        uri, shipped_file = self.uri or request["uri"], self.run_dir / SHIPPED_FILE
+        shipped = read_json(shipped_file) if shipped_file.exists() else {}
+        if self._client_uri == uri == shipped.get("uri"):
+            return shipped
+        with _store_lock(uri):
+            self._client, self._client_uri = _connect(uri), uri
+            experiment_id = _experiment_id(self._client, uri, request["experiment"])
+        if shipped.get("uri") != uri:
+            query = f"tags.`{UID_TAG}` = '{request['uid']}'"
+            found = self._client.search_runs([experiment_id], filter_string=query, max_results=1)
+            run = found[0] if found else self._create_run(experiment_id, request)
+            shipped = {
+                "uri": uri,
+                "experiment_id": experiment_id,
+                "run_id": run.info.run_id,
+                "status": run.info.status,
+                "params": list(run.data.params),
+                "tags": {},
+                "artifacts": {},
+                "offset": 0,
+                "tail": "",
+                "last_steps": {},
+            }
+            write_json(shipped_file, shipped)
+        return shipped
+
+    def _create_run(self, experiment_id: str, request: dict[str, Any]) -> Any:
+        tags = {**_clean(request["tags"]), UID_TAG: request["uid"]}
+        return self._client.create_run(experiment_id, run_name=request["run_name"], tags=tags)
+
+    def _send_params_and_tags(self, request: dict[str, Any], shipped: dict[str, Any]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        known = set(shipped["params"])  # immutable in MLflow: a name that is there is never sent again
+        new = {name: value for name, value in _clean(request["params"]).items() if name not in known}
+        for names in _batched(new, PARAMS_PER_BATCH):
+            self._client.log_batch(shipped["run_id"], params=[Param(name, new[name]) for name in names])
+        tags = _clean(request["tags"])
+        changed = [RunTag(name, value) for name, value in tags.items() if shipped["tags"].get(name) != value]
+        if changed:
+            self._client.log_batch(shipped["run_id"], tags=changed)
+        if new or changed:
+            shipped["params"] += list(new)
+            shipped["tags"] = tags
+            write_json(self.run_dir / SHIPPED_FILE, shipped)
+
+    def _send_metrics(self, shipped: dict[str, Any]) -> int:
+        from mlflow.entities import Metric
+
+        path = self.run_dir / METRICS_FILE
+        if not path.exists():
+            return 0
+        count = 0
+        with open(path, "rb") as file:
+            for points, offset in new_points(file, _valid_offset(file, shipped), shipped["last_steps"]):
+                for chunk in _batched(points, METRICS_PER_BATCH):
+                    self._client.log_batch(shipped["run_id"], metrics=[Metric(*point) for point in chunk])
+                count += len(points)
+                place = {"offset": offset, "tail": _tail(file, offset)}
+                if points or not place.items() <= shipped.items():
+                    shipped |= place
+                    write_json(self.run_dir / SHIPPED_FILE, shipped)
+        return count
+
+    def _send_status(self, status: str | None, shipped: dict[str, Any]) -> None:
+        if status in (None, shipped["status"]):
+            return
+        if status == "RUNNING":
+            self._client.update_run(shipped["run_id"], status=status)
+        else:
+            self._client.set_terminated(shipped["run_id"], status)
+        shipped["status"] = status
+        write_json(self.run_dir / SHIPPED_FILE, shipped)
+
+    def _send_artifacts(self, request: dict[str, Any], shipped: dict[str, Any]) -> None:
+        """Last, so that a store that refuses files still gets every number. A changed file is sent again."""
+        for name in request["artifacts"]:
+            path = self.run_dir / name  # an absolute name stays absolute
+            if not path.is_file():
+                continue
+            stamp = f"{path.stat().st_size}:{path.stat().st_mtime_ns}"
+            if shipped["artifacts"].get(name) == stamp:
+                continue
+            folder = "" if Path(name).is_absolute() else str(Path(name).parent)
+            self._client.log_artifact(shipped["run_id"], str(path), None if folder in ("", ".") else folder)
+            shipped["artifacts"][name] = stamp
+            write_json(self.run_dir / SHIPPED_FILE, shipped)
+
+
+def new_points(file: BinaryIO, offset: int, last_steps: dict[str, int]) -> Iterator[tuple[list[Point], int]]:
+    """Batches of points after `offset`, each with the offset behind it; raises the steps in `last_steps`.
+
+    Stops before an unfinished last line. A damaged line is reported and left out, lest it hold up the rest.
+    """
+    points: list[Point] = []
+    file.seek(offset)
+    for line in file:
+        if not line.endswith(b"\n"):
+            break
+        try:
+            record = decode_line(line)
+        except ValueError as error:
+            report(f"{METRICS_FILE}: left out the damaged line at byte {offset}: {error}")
+            record = {"step": -1}
+        offset += len(line)
+        step, milliseconds = record.pop("step"), int(1000 * record.pop("time", 0))
+        for name, value in record.items():
+            if isinstance(value, (int, float)) and step > last_steps.get(name, -1):
+                points.append((_clean_name(name), float(value), milliseconds, step))
+                last_steps[name] = step
+        if len(points) >= METRICS_PER_BATCH // 2:
+            yield points, offset
+            points = []
+    yield points, offset
+
+
+def _valid_offset(file: BinaryIO, shipped: dict[str, Any]) -> int:
+    """The shipped offset, or 0 when the file before it is not what was shipped (a resume has cut it)."""
+    offset = int(shipped.get("offset", 0))
+    return offset if _tail(file, offset) == shipped.get("tail") else 0
+
+
+def _tail(file: BinaryIO, offset: int) -> str:
+    """A fingerprint of the 256 bytes before `offset`; they hold a line's time, so a rewrite changes them."""
+    length = min(256, offset)
+    return hashlib.sha256(os.pread(file.fileno(), length, offset - length)).hexdigest()
+
+
+def _connect(uri: str) -> Any:
+    for name, value in CLIENT_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    if uri.startswith("sqlite:") and "timeout=" not in uri:  # seconds to wait for another run's transaction
+        uri = f"{uri}{'&' if '?' in uri else '?'}timeout={SQLITE_TIMEOUT_SECONDS}"
+    return MlflowClient(tracking_uri=uri)
+
+
+def _experiment_id(client: Any, uri: str, name: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # An SQLite store's default would be ./mlruns of whoever creates it; keep files beside the database.
+        database = sqlite_path(uri)
+        location = str(database.parent / "mlflow_artifacts") if database else None
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another run created it in this very moment
+            experiment = client.get_experiment_by_name(name)
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The database file of an SQLite URI, None for any other URI."""
+    return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+@contextmanager
+def _store_lock(uri: str) -> Iterator[None]:
+    """One process at a time creates an SQLite store: two migrations at once break each other."""
+    database = sqlite_path(uri)
+    if database is None:
+        yield
+        return
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with locked(database.with_name(database.name + ".lock")):
+        yield
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the file; it ends with the process. No lock where there are none."""
+    with open(path, "ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):
+                raise
+        yield
+
+
+def _clean(values: dict[str, Any]) -> dict[str, str]:
+    return {_clean_name(name): str(value)[:VALUE_CHARACTERS] for name, value in values.items()}
+
+
+def _clean_name(name: str) -> str:
+    """MLflow refuses a whole batch for one bad name; characters that it does not allow become '_'."""
+    allowed = re.sub(r"[^\w\-. /]", "_", name, flags=re.ASCII)[:250]
+    return posixpath.normpath(allowed).lstrip("./") or "_"
+
+
+def _batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    value = json.loads(path.read_text())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Replace the file atomically."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
