@@ -82,7 +82,7 @@ def read_blocks(paths: Iterable[Path], block_bytes: int) -> Iterator[Block]:
     for path in paths:
         with path.open("rb") as disk:
             unpack = UNPACKERS.get(path.suffix)
-            stream = io.BufferedReader(unpack(disk), 1 << 20) if unpack else disk  # type: ignore[arg-type]
+            stream = io.BufferedReader(unpack(disk), 1 << 20) if unpack else disk  # type: ignore[type-var, arg-type]
             is_json = _kind(path) in JSON_SUFFIXES
             line, used = 1, 0
             try:

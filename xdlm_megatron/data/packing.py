@@ -40,8 +40,7 @@ class PackedDataset:
         """Sample `index` in [0, len): int64 [seq_length]. Raises IndexError outside (negative ids too)."""
         start = self._start(index)
         offset = start * np.dtype(self._dtype).itemsize
-        ids = self._indexed.bin_reader.read(self._dtype, self.seq_length, offset)
-        return ids.astype(np.int64)
+        return np.asarray(self._indexed.bin_reader.read(self._dtype, self.seq_length, offset), dtype=np.int64)
 
     def cu_seqlens(self, index: int) -> NDArray[np.int32]:
         """Bounds of the documents within a sample: int32 [pieces + 1], first 0, last seq_length."""

@@ -83,4 +83,4 @@ class ShuffledIndex:
 
     def rows(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of many ids, int64 of the same shape; a batch may run across the end of an epoch."""
-        return np.array([self.row(i) for i in sample_ids.ravel()], dtype=np.int64).reshape(sample_ids.shape)
+        return np.array([self.row(int(i)) for i in sample_ids.ravel()], dtype=np.int64).reshape(sample_ids.shape)

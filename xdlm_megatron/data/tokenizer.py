@@ -138,7 +138,7 @@ class HuggingFaceTokenizer:
             _byte_alphabet() if '"ByteLevel"' in json.dumps(json.loads(raw).get("decoder")) else None
         )
         reserved = [i for i in (self.mask_id, self.eod_id) if i is not None]
-        self._spelled = _Spelled(self._encode, {i: self._model.id_to_token(i) for i in reserved}, path)
+        self._spelled = _Spelled(self._encode, {i: str(self._model.id_to_token(i)) for i in reserved}, path)
 
     def _encode(self, text: str) -> list[int]:
         return list(self._model.encode(text, add_special_tokens=False).ids)
@@ -190,6 +190,9 @@ def _find_mask(vocab: dict[str, int], path: Path, cure: str) -> int:
         raise DataError(
             f"{path}: no mask among its {len(vocab)} tokens; one of {spellings} must be there; {cure}"
         )
+    names = [token for token, token_id in vocab.items() if token_id == mask_id]
+    if len(names) > 1:  # every text with the other token would seem masked
+        raise DataError(f"{path}: the tokens {names} share the mask's id {mask_id}; give the mask its own")
     return mask_id
 
 
