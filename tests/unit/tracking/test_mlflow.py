@@ -47,6 +47,13 @@ def write_steps(run_dir, steps, scale=1.0):
     tracker.close("FINISHED")
 
 
+def wait_until(condition, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
 def run_in(run_dir):
     """The client and the MLflow run of a run folder."""
     from mlflow.tracking import MlflowClient
@@ -162,23 +169,45 @@ def test_resume_from_an_older_checkpoint_goes_on_in_the_same_run(
     assert pending_lines(run_dir) == 0
 
 
-def test_processes_of_two_runs_create_one_store_at_once(tmp_path):
-    """Two migrations of one file would break each other. Signals to the job do not stop the shipping."""
-    run_dirs = [tmp_path / "runs" / name for name in ("a", "b")]
+def test_runs_that_create_one_store_at_once(tmp_path, by_hand):
+    """Two migrations of one SQLite file at once break each other; the lock lets one go first."""
+    script = textwrap.dedent(
+        """
+        import sys, time
+        from pathlib import Path
+        import mlflow.store.tracking.sqlalchemy_store  # the slow part, before the start
+        from xdlm_megatron.tracking.shipping import ship
+        (Path(sys.argv[1]) / "ready").touch()
+        while not Path(sys.argv[1], "../go").exists():
+            time.sleep(0.001)
+        ship(sys.argv[1])
+        """
+    )
+    run_dirs = [tmp_path / name for name in ("a", "b", "c")]
     for path in run_dirs:
-        path.mkdir(parents=True)
-    trackers = [MlflowTracker(path, None, "race", path.name, poll_seconds=0.1) for path in run_dirs]
+        MlflowTracker(path, None, "race", path.name).close("FINISHED")
+        write_steps(path, [1, 2])
+    assert len({default_uri(path) for path in run_dirs}) == 1
+    shippers = [subprocess.Popen([sys.executable, "-c", script, str(path)]) for path in run_dirs]
+    wait_until(lambda: all((path / "ready").exists() for path in run_dirs))
+    (tmp_path / "go").touch()
+    assert [shipper.wait(30) for shipper in shippers] == [0, 0, 0]
+    for path in run_dirs:
+        assert history(path) == [(1, 1.0), (2, 0.5)]
+
+
+def test_process_ships_while_training_goes_on_and_outlives_signals(run_dir, store_uri, capfd):
+    tracker = MlflowTracker(run_dir, store_uri, "process", "run", poll_seconds=0.1)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
-        os.kill(trackers[0]._process.pid, number)
-    for path, tracker in zip(run_dirs, trackers, strict=True):
-        write_steps(path, range(1, 101))
-        tracker.log(100, {})
-    for tracker in trackers:
-        tracker.close("FINISHED")
-    assert default_uri(run_dirs[0]) == default_uri(run_dirs[1])
-    for path in run_dirs:
-        assert len(history(path)) == 100
-        assert run_in(path)[1].info.status == "FINISHED"
+        os.kill(tracker._process.pid, number)
+    write_steps(run_dir, range(1, 11))
+    wait_until(lambda: (run_dir / SHIPPED_FILE).exists() and pending_lines(run_dir) == 0)
+    write_steps(run_dir, range(11, 21))
+    tracker.log(20, {})
+    tracker.close("FAILED")
+    assert [step for step, _ in history(run_dir)] == list(range(1, 21))
+    assert run_in(run_dir)[1].info.status == "FAILED"
+    assert capfd.readouterr().err == ""  # nothing to tell when all is well
 
 
 def test_dead_server_neither_stalls_nor_loses(run_dir, store_uri, capfd):
@@ -211,10 +240,8 @@ def test_killed_trainer_leaves_a_complete_run_marked_killed(run_dir, store_uri):
         """
     )
     subprocess.run([sys.executable, "-c", script, str(run_dir), store_uri], check=False, timeout=30)
-    deadline = time.monotonic() + 20
-    while not (run_dir / SHIPPED_FILE).exists() or read_json(run_dir / SHIPPED_FILE)["status"] != "KILLED":
-        assert time.monotonic() < deadline, (run_dir / "mlflow.log").read_text()
-        time.sleep(0.1)
+    shipped = run_dir / SHIPPED_FILE
+    wait_until(lambda: shipped.exists() and read_json(shipped)["status"] == "KILLED")
     assert history(run_dir) == [(1, 4.0)]
     assert run_in(run_dir)[1].info.status == "KILLED"
 
