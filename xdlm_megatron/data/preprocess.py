@@ -139,11 +139,15 @@ def preprocess(options: PreprocessOptions, progress: Callable[[Report], None] | 
     parent = Path(options.output).parent
     parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{Path(options.output).name}-") as folder:
-        writers = [_Writer(Path(folder) / prefix.name, encoder.dtype) for prefix in prefixes]
+        writers: list[_Writer] = []
         try:
             blocks = read_blocks(paths, options.block_bytes)
             for encoded in encode_blocks(blocks, encode_options, options.workers):
                 report.add(encoded)
+                if (
+                    not writers and report.documents
+                ):  # late: Megatron-Core's import is slow, bad input fails fast
+                    writers = [_Writer(Path(folder) / prefix.name, encoder.dtype) for prefix in prefixes]
                 for writer, part in zip(writers, encoded.parts, strict=False):
                     writer.add(part)
                 if progress is not None:
