@@ -43,17 +43,10 @@ def nelbo_density(
         return torch.where(noise.is_mask(zt_BS), dalpha / beta * log_px_BS, 0.0)
     c = noise.floor(alpha, beta)
     p_BSV = log_p_BSV.exp()
-    return density_from_scalars(
-        log_px_BS,
-        gather(p_BSV, zt_BS),
-        _others_log1p(p_BSV, x0_BS, c),
-        zt_BS,
-        x0_BS,
-        alpha,
-        beta,
-        dalpha,
-        noise,
-    )
+    others_BSV = p_BSV.scatter(-1, x0_BS[..., None], 0.0)
+    rest_BS, T_BS = others_BSV.sum(-1), torch.log1p(others_BSV / c[..., None]).sum(-1)
+    p_x_BS, p_z_BS = log_px_BS.exp(), gather(p_BSV, zt_BS)
+    return density_from_scalars(p_x_BS, rest_BS, p_z_BS, T_BS, zt_BS, x0_BS, alpha, beta, dalpha, noise)
 
 
 def finite_step_kl(
@@ -110,7 +103,8 @@ def prior_kl(alpha_1: Tensor | float, noise: StationaryNoise) -> Tensor:
 
 
 def density_from_scalars(
-    log_px_BS: Tensor,
+    p_x_BS: Tensor,
+    rest_BS: Tensor,
     p_z_BS: Tensor,
     T_BS: Tensor,
     zt_BS: Tensor,
@@ -120,12 +114,14 @@ def density_from_scalars(
     dalpha: Tensor,
     noise: StationaryNoise,
 ) -> Tensor:
-    """The density of k > 0 from three numbers a token: log p_x, p_z and T = sum over e != x of log1p(p_e /
-    c).
+    """The density of k > 0 from four numbers a token: p_x, 1 - p_x, p_z and T = sum over e != x of
+    log1p(p_e / c).
+
+    1 - p_x comes as the sum of the other probabilities, which keeps its digits where p_x is near 1.
     """
     c = noise.floor(alpha, beta)
     same_BS = zt_BS == x0_BS
-    v_BS = -torch.expm1(log_px_BS) / (log_px_BS.exp() + c)
+    v_BS = rest_BS / (p_x_BS + c)
     # B is a KL: below 0 it is rounding of two equal numbers
     B_BS = ((1 + c) * torch.log1p(v_BS) - c * T_BS).clamp_min(0)
     noise_token_BS = torch.where(noise.is_mask(zt_BS), 0.0, log1p_minus_ratio(p_z_BS / c))

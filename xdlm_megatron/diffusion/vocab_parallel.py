@@ -1,9 +1,9 @@
 """The loss of nelbo.py over a vocabulary split among ranks, with its analytic gradient and no float32 copy.
 
 Rank r of the group owns the ids [r P, (r + 1) P), Megatron's rule. The logits are read three times, a few
-rows at a time: row_stats (max, sum of exponentials, two gathered logits), row_sums (k > 0 only: T and a)
-and, in backward, row_grad. With q_e = p_e / c (k = 0: q_e = p_e) and rho = -alpha'/beta, times c / (1 + c)
-where z_t = x0,
+rows at a time: row_stats (max, sum of the others' exponentials, two gathered logits), row_sums (k > 0 only:
+T and a) and, in backward, row_grad. With q_e = p_e / c (k = 0: q_e = p_e) and rho = -alpha'/beta, times c /
+(1 + c) where z_t = x0,
 
     T = sum over e != x of log1p(q_e)                      a = sum over e != x of q_e / (1 + q_e)
     dL/dl_e = q_e (G - R / (1 + q_e)) + [e = x] X + [e = z] Z
@@ -104,7 +104,7 @@ class _VocabParallelNelbo(torch.autograd.Function):
         alpha_N, beta_N, dalpha_N = (_tokens(x, transposed) for x in rates)
 
         stats_R4N = _gather_ranks(row_stats(logits_NP, zt_N, x0_N, first_id, noise), group)
-        top_N, total_N, log_px_N, p_z_N = merge_stats(stats_R4N)
+        top_N, total_N, rest_N, log_px_N, p_z_N = merge_stats(stats_R4N)
         if noise.uniform_ratio == 0:
             loss_N, terms = mask_noise_terms(top_N, total_N, log_px_N, zt_N, beta_N, dalpha_N, noise)
         else:
@@ -112,8 +112,9 @@ class _VocabParallelNelbo(torch.autograd.Function):
             sums_R2N = _gather_ranks(row_sums(logits_NP, x0_N, top_N, scale_N, first_id, noise), group)
             T_N, a_N = sums_R2N.unbind(1)[0].sum(0), sums_R2N.unbind(1)[1].sum(0)
             rates_N = (alpha_N, beta_N, dalpha_N)
-            loss_N = density_from_scalars(log_px_N, p_z_N, T_N, zt_N, x0_N, *rates_N, noise)
-            terms = grad_terms(top_N, scale_N, log_px_N, p_z_N, a_N, zt_N, x0_N, *rates_N, noise)
+            p_N = (log_px_N.exp(), rest_N, p_z_N)
+            loss_N = density_from_scalars(*p_N, T_N, zt_N, x0_N, *rates_N, noise)
+            terms = grad_terms(top_N, scale_N, *p_N, a_N, zt_N, x0_N, *rates_N, noise)
         ctx.save_for_backward(logits_BSP, zt_N, x0_N, *terms)
         ctx.noise, ctx.first_id, ctx.transposed, ctx.grad_in_place = (
             noise,
@@ -137,30 +138,36 @@ class _VocabParallelNelbo(torch.autograd.Function):
 
 
 def row_stats(logits_NP: Tensor, zt_N: Tensor, x0_N: Tensor, first_id: int, noise: StationaryNoise) -> Tensor:
-    """[4, N]: this shard's max logit, sum of exp(l - max), and logits of x0 and z_t (-inf where not owned
-    or mask).
+    """[4, N]: this shard's max logit, sum of exp(l - max) over e != x0, logits of x0 and z_t.
+
+    The logits are -inf where another shard owns the id, or where it is the mask. x0 stays out of the sum so
+    that 1 - p_x keeps its digits where p_x is near 1.
     """
     stats_4N = torch.empty(4, logits_NP.shape[0], dtype=_compute_dtype(logits_NP), device=logits_NP.device)
+    for row, ids_N in ((3, zt_N), (2, x0_N)):
+        index_N1, owned_N = _local(ids_N, first_id, logits_NP.shape[1])
+        picked_N = logits_NP.gather(1, index_N1)[:, 0].to(stats_4N.dtype)
+        stats_4N[row] = torch.where(owned_N & ~noise.is_mask(ids_N), picked_N, -torch.inf)
+    kept_N1 = torch.where(owned_N, 0.0, 1.0).to(stats_4N.dtype)[:, None]
     for rows, x, _ in _chunks(logits_NP, first_id, noise):
         top = x.amax(-1)
         # a shard of nothing but padding has max -inf and sum 0
         x.sub_(top.masked_fill(top == -torch.inf, 0.0)[:, None]).exp_()
+        _scale_column(x, index_N1[rows], kept_N1[rows])
         stats_4N[0, rows], stats_4N[1, rows] = top, x.sum(-1)
-    for row, ids_N in ((2, x0_N), (3, zt_N)):
-        index_N1, owned_N = _local(ids_N, first_id, logits_NP.shape[1])
-        picked_N = logits_NP.gather(1, index_N1)[:, 0].to(stats_4N.dtype)
-        stats_4N[row] = torch.where(owned_N & ~noise.is_mask(ids_N), picked_N, -torch.inf)
     return stats_4N
 
 
-def merge_stats(stats_R4N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """All ranks' row_stats -> (max, sum of exponentials, log p_x, p_z), each [N]."""
-    top_RN, total_RN, l_x_RN, l_z_RN = stats_R4N.unbind(1)
+def merge_stats(stats_R4N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All ranks' row_stats -> (max, sum of exponentials, 1 - p_x, log p_x, p_z), each [N]."""
+    top_RN, others_RN, l_x_RN, l_z_RN = stats_R4N.unbind(1)
     top_N = top_RN.amax(0)
-    total_N = (total_RN * (top_RN - top_N).exp()).sum(0)
-    log_total_N = total_N.log()
-    log_px_N = (l_x_RN.amax(0) - top_N) - log_total_N
-    return top_N, total_N, log_px_N, ((l_z_RN.amax(0) - top_N) - log_total_N).exp()
+    others_N = (others_RN * (top_RN - top_N).exp()).sum(0)
+    l_x_N, l_z_N = l_x_RN.amax(0) - top_N, l_z_RN.amax(0) - top_N
+    total_N = others_N + l_x_N.exp()
+    rest_N, log_total_N = others_N / total_N, total_N.log()
+    log_px_N = torch.where(rest_N < 0.5, torch.log1p(-rest_N), l_x_N - log_total_N)
+    return top_N, total_N, rest_N, log_px_N, (l_z_N - log_total_N).exp()
 
 
 def row_sums(
@@ -172,7 +179,7 @@ def row_sums(
     kept_N1 = torch.where(owned_N, 0.0, 1.0).to(top_N.dtype)[:, None]
     for rows, q, ratio in _chunks(logits_NP, first_id, noise):
         q.sub_(top_N[rows, None]).exp_().mul_(scale_N[rows, None])
-        q.scatter_(1, index_N1[rows], q.gather(1, index_N1[rows]) * kept_N1[rows])
+        _scale_column(q, index_N1[rows], kept_N1[rows])
         torch.add(q, 1, out=ratio)
         sums_2N[1, rows] = torch.div(q, ratio, out=ratio).sum(-1)
         sums_2N[0, rows] = q.log1p_().sum(-1)
@@ -182,7 +189,8 @@ def row_sums(
 def grad_terms(
     top_N: Tensor,
     scale_N: Tensor,
-    log_px_N: Tensor,
+    p_x_N: Tensor,
+    rest_N: Tensor,
     p_z_N: Tensor,
     a_N: Tensor,
     zt_N: Tensor,
@@ -193,9 +201,9 @@ def grad_terms(
     noise: StationaryNoise,
 ) -> GradTerms:
     """The gradient's coefficients for k > 0. Ratios are formed before products: c^2 may underflow."""
-    c_N, p_x_N, same_N = noise.floor(alpha_N, beta_N), log_px_N.exp(), zt_N == x0_N
+    c_N, same_N = noise.floor(alpha_N, beta_N), zt_N == x0_N
     a_x_N, a_z_N = p_x_N / (p_x_N + c_N), p_z_N / (p_z_N + c_N)
-    v_N = -torch.expm1(log_px_N) / (p_x_N + c_N)
+    v_N = rest_N / (p_x_N + c_N)
     rho_N = -dalpha_N / beta_N * torch.where(same_N, c_N / (1 + c_N), 1.0)
     X_N = -rho_N * a_x_N * (1 + torch.where(same_N, v_N / alpha_N, 0.0))
     Z_N = torch.where(same_N | noise.is_mask(zt_N), 0.0, rho_N * a_z_N.square() / alpha_N)
@@ -270,6 +278,11 @@ def _chunks(
             x[:, mask_column] = -torch.inf
         x[:, padding:] = -torch.inf
         yield rows, x, other
+
+
+def _scale_column(x_NP: Tensor, index_N1: Tensor, factor_N1: Tensor) -> None:
+    """Multiply one column of each row, in place."""
+    x_NP.scatter_(1, index_N1, x_NP.gather(1, index_N1) * factor_N1)
 
 
 def _local(ids_N: Tensor, first_id: int, P: int) -> tuple[Tensor, Tensor]:
