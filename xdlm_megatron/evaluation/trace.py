@@ -24,7 +24,7 @@ MASK_GLYPH = "░"
 
 _RESET = "\x1b[0m"
 _COLOURS = {MASKED: "\x1b[2m", REVEALED: "\x1b[32m", REFINED: "\x1b[33m", REMASKED: "\x1b[1;35m"}
-# Without colour a sign in front of the token must say it; a re-masked position has a darker block in any case.
+# Without colour a sign before the token must say it; a re-masked position is a darker block in any case.
 _SIGNS = {REVEALED: "+", REFINED: "~"}
 _REMASKED_GLYPH = "▓"
 _PICTURE_COLOURS = ("#ffffff", "#d1d5db", "#2c8c5a", "#e0a526", "#b3243f")
