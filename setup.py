@@ -12,6 +12,7 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16,<0.20",  # tested with 0.16.1, the last release for Python 3.11
     "torch>=2.6,<2.14",  # tested with 2.13.0; SDPA's enable_gqa needs 2.5, Megatron-Core 2.6
     "numpy>=1.26",
+    "psutil>=5",  # Megatron-Core needs it to write checkpoints and does not ask for it
     "pydantic>=2.7,<3",
     "pyyaml>=6",
     "sentencepiece>=0.2",

@@ -18,6 +18,8 @@ from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import Schedule, stratified_t
 
+Rows = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # global sample ids -> rows of the dataset
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -40,7 +42,7 @@ class NoisedSamples:
     """
 
     dataset: PackedDataset
-    rows: Callable[[NDArray[np.int64]], NDArray[np.int64]]
+    rows: Rows
     noise: StationaryNoise
     schedule: Schedule
     seed: int

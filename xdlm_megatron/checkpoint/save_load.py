@@ -1,0 +1,120 @@
+"""Checkpoints on disk: written aside, flushed, published by a rename; `latest` moves last.
+
+    checkpoints/
+      latest              name of the newest whole checkpoint
+      step_00000500/      Megatron's torch_dist format
+      step_00001000.tmp/  being written, or left by an interruption; never read
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+
+from xdlm_megatron.checkpoint.contents import FORMAT
+from xdlm_megatron.parallel.mesh import Mesh
+
+LATEST = "latest"
+_NAME = re.compile(r"step_(\d{8,})")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or cannot be used; the message names it and the cure."""
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], mesh: Mesh, keep_last: int) -> Path:
+    """Writes `state` as the checkpoint of `step` and drops all but the `keep_last` newest.
+
+    All processes call it, each with its own sharded tensors. Returns the published folder.
+    """
+    final = folder / f"step_{step:08d}"
+    aside = final.with_suffix(".tmp")
+    if mesh.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+    mesh.barrier()
+    dist_checkpointing.save(state, str(aside), ("torch_dist", 1), content_metadata=FORMAT)
+    mesh.barrier()
+    if mesh.is_main:
+        shutil.rmtree(final, ignore_errors=True)
+        _flush(aside)
+        aside.rename(final)
+        _point_latest(folder, final.name)
+        for old in list_checkpoints(folder)[:-keep_last]:
+            shutil.rmtree(old)
+    mesh.barrier()
+    return final
+
+
+def load_checkpoint(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    """Fills `state` (sharded tensors of this layout) from the checkpoint; plain values come with it."""
+    return dist_checkpointing.load(state, str(path))
+
+
+def load_plain_values(path: Path) -> dict[str, Any]:
+    """The plain values of a checkpoint, such as the train state, without its tensors."""
+    return dist_checkpointing.load_common_state_dict(str(path))
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step that a checkpoint folder's name tells."""
+    match = _NAME.fullmatch(path.name)
+    if match is None:
+        raise CheckpointError(f"{path} is not a checkpoint; its name must be step_ and the step, as in step_00001000")
+    return int(match[1])
+
+
+def find_latest(folder: Path) -> Path | None:
+    """The checkpoint that `latest` names, None where nothing was saved yet.
+
+    Raises:
+        CheckpointError: `latest` names a checkpoint that is gone.
+    """
+    pointer = folder / LATEST
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    if not path.is_dir():
+        others = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
+        raise CheckpointError(f"{pointer} names {path.name}, which is not there (there: {others}); correct the file")
+    return path
+
+
+def _point_latest(folder: Path, name: str) -> None:
+    aside = folder / f"{LATEST}.tmp"
+    with aside.open("w") as file:
+        file.write(name + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    aside.rename(folder / LATEST)
+    _flush_directory(folder)
+
+
+def _flush(folder: Path) -> None:
+    """Waits until the disk has every file of the folder, so that the rename never publishes a torn one."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+    _flush_directory(folder)
+
+
+def _flush_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

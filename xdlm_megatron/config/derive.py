@@ -1,0 +1,133 @@
+"""Arithmetic on a recipe: what follows from its knobs. Computed where needed, never written back. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from xdlm_megatron.config.schema import RunConfig
+
+_BYTES = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Derived:
+    """What a recipe amounts to on `world_size` processes."""
+
+    world_size: int
+    data_parallel_size: int
+    num_microbatches: int
+    tokens_per_step: int
+    total_tokens: int
+    padded_vocab_size: int
+    num_query_groups: int
+    kv_channels: int
+    num_parameters: int
+    num_non_embedding_parameters: int
+    flops_per_token: float
+    weight_bytes: int
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where everything that the run writes lies."""
+    return Path(config.run.output_dir) / config.run.name
+
+
+def padded_vocab_size(config: RunConfig) -> int:
+    """vocab_size rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size."""
+    unit = config.data.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
+    return -(-config.data.vocab_size // unit) * unit
+
+
+def num_query_groups(config: RunConfig) -> int:
+    return config.model.num_query_groups or config.model.num_attention_heads
+
+
+def kv_channels(config: RunConfig) -> int:
+    return config.model.kv_channels or config.model.hidden_size // config.model.num_attention_heads
+
+
+def model_parallel_size(config: RunConfig) -> int:
+    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+
+
+def num_layer_parameters(config: RunConfig) -> int:
+    """Parameters of one transformer layer: attention, SwiGLU, norms."""
+    model, head = config.model, kv_channels(config)
+    query, key_value = model.num_attention_heads * head, num_query_groups(config) * head
+    attention = model.hidden_size * (query + 2 * key_value) + query * model.hidden_size
+    mlp = 3 * model.hidden_size * model.ffn_hidden_size
+    norms = 2 * model.hidden_size + (2 * head if model.qk_layernorm else 0)
+    return attention + mlp + norms
+
+
+def num_parameters(config: RunConfig) -> int:
+    """All parameters of the built model, vocabulary padding included."""
+    embeddings = 1 if config.model.share_embeddings_and_output_weights else 2
+    return (
+        config.model.num_layers * num_layer_parameters(config)
+        + config.model.hidden_size  # final norm
+        + embeddings * padded_vocab_size(config) * config.model.hidden_size
+    )
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """Training FLOPs (forward and backward) per token.
+
+    Six per weight of a matrix, head included, embedding lookup free, plus 12 * L * d_attention * S for attention:
+    full (bidirectional), so the causal half does not apply.
+    """
+    model, head = config.model, kv_channels(config)
+    norms = 2 * model.hidden_size + (2 * head if model.qk_layernorm else 0)
+    matrices = model.num_layers * (num_layer_parameters(config) - norms)
+    attention = 12 * model.num_layers * model.num_attention_heads * head * config.data.seq_length
+    return 6.0 * (matrices + config.data.vocab_size * model.hidden_size) + attention
+
+
+def derive(config: RunConfig, world_size: int) -> Derived:
+    """The figures of a recipe on `world_size` processes.
+
+    Raises:
+        ValueError: the layout does not fit the world, or the batch does not divide; names the cure.
+    """
+    size = model_parallel_size(config)
+    if world_size % size:
+        raise ValueError(
+            f"world size {world_size} must be a multiple of tensor_model_parallel_size * "
+            f"pipeline_model_parallel_size = {size}; start {size} or {2 * size} processes, or change parallel.*"
+        )
+    data_parallel_size = world_size // size
+    train = config.train
+    unit = train.micro_batch_size * data_parallel_size
+    if train.global_batch_size % unit:
+        below = train.global_batch_size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ValueError(
+            f"train.global_batch_size={train.global_batch_size} must be a multiple of micro_batch_size * "
+            f"data_parallel_size = {train.micro_batch_size} * {data_parallel_size} = {unit}; nearest: {nearest}"
+        )
+    num_microbatches = train.global_batch_size // unit
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.virtual_pipeline_model_parallel_size and num_microbatches % stages:
+        raise ValueError(
+            f"interleaved pipelining needs micro-batches per step ({num_microbatches}) in multiples of "
+            f"pipeline_model_parallel_size={stages}; change train.global_batch_size or train.micro_batch_size"
+        )
+    parameters = num_parameters(config)
+    tokens_per_step = train.global_batch_size * config.data.seq_length
+    embeddings = 1 if config.model.share_embeddings_and_output_weights else 2
+    return Derived(
+        world_size=world_size,
+        data_parallel_size=data_parallel_size,
+        num_microbatches=num_microbatches,
+        tokens_per_step=tokens_per_step,
+        total_tokens=tokens_per_step * train.num_steps,
+        padded_vocab_size=padded_vocab_size(config),
+        num_query_groups=num_query_groups(config),
+        kv_channels=kv_channels(config),
+        num_parameters=parameters,
+        num_non_embedding_parameters=parameters
+        - embeddings * padded_vocab_size(config) * config.model.hidden_size,
+        flops_per_token=flops_per_token(config),
+        weight_bytes=parameters * _BYTES[config.precision.dtype],
+    )

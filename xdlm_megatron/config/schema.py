@@ -1,0 +1,232 @@
+"""Every knob of a run, declared once: its type, its default and one line that says what it is.
+
+A recipe is one YAML file with these sections. A field without a default must be given. Names that reach
+Megatron-Core keep its spelling. What follows from other knobs is computed in `derive.py`, never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as section
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Probability = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Run:
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its folder is output_dir/name."""
+    output_dir: str = "runs"
+    """Folder that holds the run folders."""
+    seed: Seed = 1
+    """Seed of initialisation, data order, noise and dropout; every random number is a function of it."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Diffusion:
+    uniform_ratio: Fraction = 0.1
+    """Share of the noise that is uniform over the vocabulary (the paper's k): 0 is MDLM, 1 is UDLM."""
+    schedule: Literal["loglinear", "cosine", "snr"] = "loglinear"
+    """alpha(t): log-linear as in the paper (linear alpha), cosine, or snr/(snr+1) with log-linear snr."""
+    alpha_min: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    """Floor of alpha at t = 1 (the paper's 1e-3)."""
+    t_min: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    """Training and evaluation draw t from (t_min, 1) (the paper's 1e-3)."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Model:
+    num_layers: PositiveInt
+    """Transformer layers."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    ffn_hidden_size: PositiveInt
+    """Width of the SwiGLU inner layer (of each of its two halves)."""
+    num_attention_heads: PositiveInt
+    """Query heads."""
+    num_query_groups: PositiveInt | None = None
+    """Key/value heads (GQA); None: as many as query heads."""
+    kv_channels: PositiveInt | None = None
+    """Width of a head; None: hidden_size / num_attention_heads."""
+    qk_layernorm: bool = True
+    """RMSNorm on queries and keys."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the output head to the embedding."""
+    rotary_base: PositiveInt = 10_000
+    """Base of the rotary position embedding."""
+    layernorm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of every RMSNorm."""
+    hidden_dropout: Probability = 0.0
+    """Dropout after attention and after the MLP."""
+    attention_dropout: Probability = 0.0
+    """Dropout on attention weights."""
+    init_method_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+    zero_init_head: bool = True
+    """Start from the uniform predictor (loss log(V-1)), as the paper does; no effect on a tied head."""
+    mcore: dict[str, Any] = field(default_factory=dict)
+    """Further fields passed verbatim to Megatron-Core's TransformerConfig; names are checked there."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Parallel:
+    tensor_model_parallel_size: PositiveInt = 1
+    """Processes that share each layer's matrices."""
+    pipeline_model_parallel_size: PositiveInt = 1
+    """Processes that share the depth."""
+    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline stage (interleaved schedule)."""
+    sequence_parallel: bool = False
+    """Split norms and residuals along the sequence over the tensor-parallel group."""
+    distributed_timeout_minutes: PositiveFloat = 10.0
+    """A collective that waits longer ends the job."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Precision:
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of parameters and activations; master weights and the loss are float32 in both."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Data:
+    train_prefix: str
+    """Training set: PREFIX.bin, PREFIX.idx and PREFIX.json as tools/preprocess_data.py writes them."""
+    valid_prefix: str | None = None
+    """Held-out set, same format; None: no evaluation."""
+    tokenizer: str
+    """SentencePiece .model or Hugging Face tokenizer.json."""
+    seq_length: PositiveInt
+    """Tokens in a sample."""
+    vocab_size: Annotated[int, Field(ge=2)]
+    """Number of states, the mask token counted."""
+    mask_id: NonNegativeInt
+    """Id of the mask token."""
+    make_vocab_size_divisible_by: PositiveInt = 128
+    """The embedding is padded to a multiple of this times tensor_model_parallel_size."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Optimizer:
+    lr: PositiveFloat
+    """Peak learning rate of AdamW."""
+    adam_beta1: Probability = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Probability = 0.999
+    """Decay of the second moment."""
+    adam_eps: PositiveFloat = 1e-8
+    """Epsilon of Adam."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay (matrices only: norms are exempt)."""
+    clip_grad: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 turns clipping off."""
+    use_distributed_optimizer: bool = True
+    """Shard optimizer state and EMA over the data-parallel group."""
+    ema_decay: Probability = 0.9999
+    """Decay of the averaged weights, ramped as min(decay, (1+n)/(10+n)); 0 turns them off."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class ConstantLr:
+    kind: Literal["constant"]
+    """Warm up, then stay at optimizer.lr."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class CosineLr:
+    kind: Literal["cosine"]
+    """Warm up, then half a cosine down to min_lr at the last step."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class WsdLr:
+    kind: Literal["wsd"]
+    """Warm up, stay, then decay to min_lr over the last decay_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from 0."""
+    decay_steps: PositiveInt
+    """Steps of decay at the end."""
+    decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
+    """Shape of the decay."""
+    min_lr: NonNegativeFloat = 0.0
+    """Learning rate at the end."""
+
+
+LrSchedule = Annotated[ConstantLr | CosineLr | WsdLr, Field(discriminator="kind")]
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Train:
+    num_steps: PositiveInt
+    """Optimizer steps."""
+    micro_batch_size: PositiveInt
+    """Sequences a process takes at once."""
+    global_batch_size: PositiveInt
+    """Sequences in an optimizer step, over all processes and accumulated micro-batches."""
+    log_interval: PositiveInt = 10
+    """Steps between logged lines."""
+    max_skipped_steps: PositiveInt = 10
+    """Consecutive steps with a non-finite gradient that end the run."""
+    stop_after_step: PositiveInt | None = None
+    """Save and stop cleanly after this step; the schedule still aims at num_steps."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Checkpoint:
+    save_interval: PositiveInt = 1000
+    """Steps between checkpoints; one more is written at the end and on SIGINT or SIGTERM."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Tracking:
+    mlflow: str | None = "local"
+    """'local': a SQLite store in run.output_dir; an http(s) URI: a server; null: none (JSON lines only)."""
+    experiment: str = "xdlm"
+    """MLflow experiment."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class Evaluation:
+    interval: PositiveInt = 1000
+    """Steps between held-out evaluations; one more is made at the end."""
+    num_sequences: PositiveInt = 256
+    """Held-out sequences (fewer if the set is smaller), always the same with the same noise."""
+    num_noise_draws: PositiveInt = 1
+    """Noise levels drawn per held-out sequence."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class RunConfig:
+    """A whole recipe."""
+
+    run: Run
+    diffusion: Diffusion = field(default_factory=Diffusion)
+    model: Model
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    data: Data
+    optimizer: Optimizer
+    lr_schedule: LrSchedule
+    train: Train
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    tracking: Tracking = field(default_factory=Tracking)
+    evaluation: Evaluation = field(default_factory=Evaluation)

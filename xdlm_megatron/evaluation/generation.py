@@ -1,0 +1,138 @@
+"""Sampling from a model that lives on several processes: the reverse loop runs on all of them in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.sampler import sample
+from xdlm_megatron.diffusion.schedule import Schedule
+from xdlm_megatron.model.objective import run_schedule
+from xdlm_megatron.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions:
+    """How to sample; the fields are the command line's."""
+
+    num_steps: int = 64
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    final: Literal["ancestral", "greedy", "none"] = "ancestral"
+    seed: int = 1
+    prompt: str | None = None
+    trace_frames: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """ids [num_samples, S]; snapshots: (t, ids of the first sample [S]) from the prior to the end."""
+
+    ids: Tensor
+    snapshots: list[tuple[float, Tensor]]
+    num_function_evaluations: int
+
+
+@dataclass(frozen=True)
+class _Input:
+    zt_BS: Tensor
+
+
+def generate(
+    denoise: Callable[[Tensor], Tensor],
+    options: SampleOptions,
+    noise: StationaryNoise,
+    schedule: Schedule,
+    seq_length: int,
+    prompt_ids: list[int],
+    device: torch.device,
+) -> Samples:
+    """Ancestral sampling from the stationary law, with an optional prefix that never changes.
+
+    Raises:
+        ValueError: the prompt leaves no free position, or an option is out of range.
+    """
+    if options.num_samples < 1:
+        raise ValueError(f"--num-samples {options.num_samples} must be >= 1; ask for one sample or more")
+    if len(prompt_ids) >= seq_length:
+        raise ValueError(f"the prompt has {len(prompt_ids)} tokens and data.seq_length is {seq_length}; shorten it")
+    rows = torch.arange(options.num_samples, device=device)
+    positions = torch.arange(seq_length, device=device)
+    prior_BS = noise.sample_prior((options.seed, Stream.SAMPLE_PRIOR), (rows[:, None], positions))
+    clamp = torch.full_like(prior_BS, -1)
+    clamp[:, : len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
+    snapshots = [(1.0, torch.where(clamp[0] < 0, prior_BS[0], clamp[0]))]
+    calls = 0
+
+    def record(call: int, num_calls: int, t: float, zs_BS: Tensor) -> None:
+        nonlocal calls
+        calls += 1
+        snapshots.append((t, zs_BS[0].clone()))
+
+    ids = sample(
+        denoise,
+        prior_BS,
+        schedule,
+        options.num_steps,
+        noise,
+        (options.seed, Stream.SAMPLE_STEP),
+        clamp,
+        final=options.final,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        on_step=record,
+    )
+    return Samples(ids, snapshots, calls)
+
+
+def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[Tensor], Tensor]:
+    """z_t [B, S] -> logits [B, S, V], the same on every process.
+
+    Logits are gathered over the tensor-parallel group and broadcast from the last pipeline stage, so each
+    process draws the same tokens from the same counters without further messages.
+    """
+    for chunk in chunks:
+        chunk.eval()
+
+    def forward_step(batches: Iterator[_Input], model: Any) -> tuple[Tensor, Any]:
+        return model(next(batches).zt_BS), lambda logits_SBP, non_loss_data: logits_SBP
+
+    @torch.no_grad()
+    def denoise(zt_BS: Tensor) -> Tensor:
+        outputs = run_schedule(
+            forward_step,
+            chunks,
+            batches=lambda: iter([_Input(zt_BS)] * num_microbatches),
+            num_microbatches=num_microbatches,
+            micro_batch_size=zt_BS.shape[0],
+            seq_length=zt_BS.shape[1],
+            forward_only=True,
+            collect_outputs=True,
+        )
+        return _share_logits(outputs[0] if outputs else None, zt_BS, mesh, vocab_size)
+
+    # Interleaved pipelines take micro-batches in multiples of their stages; the repeats are not looked at.
+    num_microbatches = mesh.groups.pp.size() if mesh.virtual_pipeline_size else 1
+    return denoise
+
+
+def _share_logits(logits_SBP: Tensor | None, zt_BS: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
+    tp, pp = mesh.groups.tp, mesh.groups.pp
+    B, S = zt_BS.shape
+    if logits_SBP is not None:
+        shards = [torch.empty_like(logits_SBP) for _ in range(tp.size())]
+        dist.all_gather(shards, logits_SBP.contiguous(), group=tp)
+        logits_BSV = torch.cat(shards, dim=-1)[..., :vocab_size].transpose(0, 1).float().contiguous()
+    else:
+        logits_BSV = torch.empty(B, S, vocab_size, device=zt_BS.device)
+    if pp.size() > 1:
+        dist.broadcast(logits_BSV, src=dist.get_process_group_ranks(pp)[-1], group=pp)
+    return logits_BSV

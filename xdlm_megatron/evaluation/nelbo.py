@@ -1,0 +1,99 @@
+"""Held-out negative ELBO with noise that never changes, so that two evaluations differ by the weights alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.batch import Batch, NoisedSamples
+from xdlm_megatron.data.sampler import micro_batch_slots
+from xdlm_megatron.model.objective import Objective, run_schedule
+from xdlm_megatron.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class NelboResult:
+    """Nats per token over t in (t_min, 1), the paper's window (docs/differences.md), with its standard error.
+
+    standard_error: of the mean over sequences; an upper bound, because times are stratified.
+    bits_per_byte: None where the text's size in bytes is not known.
+    """
+
+    nelbo_per_token: float
+    standard_error: float
+    bits_per_byte: float | None
+    num_sequences: int
+    num_tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.nelbo_per_token)
+
+
+@dataclass(frozen=True)
+class NelboEvaluator:
+    """Evaluates the first `num_sequences` held-out samples, each at `num_noise_draws` times."""
+
+    config: RunConfig
+    mesh: Mesh
+    samples: NoisedSamples
+    objective: Objective
+    bytes_per_token: float | None
+
+    @property
+    def num_sequences(self) -> int:
+        return min(self.config.evaluation.num_sequences, len(self.samples.dataset))
+
+    def __call__(self, chunks: list[Any]) -> NelboResult:
+        """All processes call it; all get the result. The chunks come back in the mode they were in."""
+        mesh, micro_batch_size = self.mesh, self.config.train.micro_batch_size
+        total = self.num_sequences * self.config.evaluation.num_noise_draws
+        # Sequences of the whole evaluation, filled by the rank that saw them, then summed over all.
+        nelbo = torch.zeros(total, dtype=torch.float64, device=mesh.device)
+        per_round = micro_batch_size * mesh.data_parallel_size
+        num_microbatches = math.ceil(total / per_round)
+        num_microbatches += -num_microbatches % mesh.groups.pp.size()  # what interleaving asks for
+        modes = [chunk.training for chunk in chunks]
+        for chunk in chunks:
+            chunk.eval()
+        with torch.no_grad():
+            outputs = run_schedule(
+                self.objective.forward_step,
+                chunks,
+                batches=lambda: self._batches(total, num_microbatches),
+                num_microbatches=num_microbatches,
+                micro_batch_size=micro_batch_size,
+                seq_length=self.config.data.seq_length,
+                forward_only=True,
+            )
+        for chunk, mode in zip(chunks, modes, strict=True):
+            chunk.train(mode)
+        if mesh.is_loss_rank:
+            for index, output in enumerate(outputs):
+                slots = self._slots(index)
+                wanted = torch.from_numpy(slots < total)
+                nelbo[torch.from_numpy(slots)[wanted]] = output["nelbo_per_sequence"][wanted].double()
+        return self._result(mesh.reduce_sum(nelbo))
+
+    def _slots(self, index: int) -> np.ndarray:
+        train, mesh = self.config.train, self.mesh
+        return micro_batch_slots(index, train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size)
+
+    def _batches(self, total: int, num_microbatches: int) -> Iterator[Batch]:
+        for index in range(num_microbatches):
+            slots = self._slots(index) % total  # the last round wraps around; what is over is not counted
+            yield self.samples.build(slots, slots, total)
+
+    def _result(self, nelbo: Tensor) -> NelboResult:
+        per_token = nelbo / self.config.data.seq_length
+        mean = per_token.mean().item()
+        error = per_token.std().item() / math.sqrt(len(per_token)) if len(per_token) > 1 else math.nan
+        bits = mean / (self.bytes_per_token * math.log(2)) if self.bytes_per_token else None
+        return NelboResult(mean, error, bits, self.num_sequences, len(per_token) * self.config.data.seq_length)

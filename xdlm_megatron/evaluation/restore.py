@@ -1,0 +1,64 @@
+"""A trained model, ready to evaluate or to sample from, under any layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from megatron.core.transformer.module import MegatronModule
+
+from xdlm_megatron.checkpoint.contents import model_state
+from xdlm_megatron.checkpoint.save_load import CheckpointError, find_latest, load_checkpoint, load_plain_values
+from xdlm_megatron.config.derive import run_folder
+from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.model.build import build_model, unwrap
+from xdlm_megatron.optim.ema import load_into_parameters
+from xdlm_megatron.parallel.mesh import Mesh
+
+
+def choose_checkpoint(config: RunConfig, given: str | None) -> Path:
+    """The checkpoint to read: the one given, or the run folder's latest. Raises CheckpointError."""
+    if given is not None:
+        path = Path(given)
+        if not (path / "metadata.json").is_file():
+            raise CheckpointError(f"--checkpoint {given} is not a checkpoint folder; it is named like step_00001000")
+        return path
+    latest = find_latest(run_folder(config) / "checkpoints")
+    if latest is None:
+        raise CheckpointError(f"{run_folder(config)} has no checkpoint yet; train first, or give --checkpoint")
+    return latest
+
+
+def restore_model(
+    config: RunConfig, mesh: Mesh, path: Path, use_ema: bool
+) -> tuple[list[MegatronModule], int]:
+    """The model chunks with the checkpoint's weights (their average with `use_ema`), and its step.
+
+    Raises:
+        CheckpointError: the average is asked for and was never kept, or the model is another one.
+    """
+    plain = load_plain_values(path)
+    _check_same_model(config, plain["recipe"], path)
+    if use_ema and "ema_updates" not in plain:
+        raise CheckpointError(f"{path} holds no averaged weights (optimizer.ema_decay was 0); add --no-ema")
+    chunks = build_model(config, mesh)
+    bare = [unwrap(chunk) for chunk in chunks]
+    state = model_state(bare, mesh.groups)
+    if use_ema:
+        parameters = [p for chunk in bare for p in chunk.parameters()]
+        load_into_parameters(state, parameters, lambda ema: load_checkpoint(path, {"ema": ema})["ema"])
+    else:
+        values = load_checkpoint(path, state)
+        for index, chunk in enumerate(bare):
+            chunk.load_state_dict(values[f"model{index}"])
+    return chunks, plain["train_state"]["step"]
+
+
+def _check_same_model(config: RunConfig, saved: dict, path: Path) -> None:
+    now = to_tree(config)
+    for section, name in [("model", name) for name in now["model"]] + [("data", "vocab_size"), ("data", "mask_id")]:
+        if saved[section][name] != now[section][name]:
+            raise CheckpointError(
+                f"{path} was trained with {section}.{name}={saved[section][name]!r} and the recipe says "
+                f"{now[section][name]!r}; use the run folder's recipe.yaml"
+            )

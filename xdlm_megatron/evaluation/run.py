@@ -1,0 +1,130 @@
+"""The verbs `evaluate` and `sample`: a recipe and a checkpoint in, figures or text out."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from megatron.core.transformer.module import MegatronModule
+
+from xdlm_megatron.config.derive import derive, run_folder
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.build import build_noise, build_schedule, build_valid_samples
+from xdlm_megatron.data.indexed import load_manifest
+from xdlm_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from xdlm_megatron.evaluation.generation import SampleOptions, Samples, build_denoiser, generate
+from xdlm_megatron.evaluation.nelbo import NelboEvaluator, NelboResult
+from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
+from xdlm_megatron.evaluation.text_stats import unigram_entropy
+from xdlm_megatron.evaluation.trace import render_trace
+from xdlm_megatron.model.objective import Objective
+from xdlm_megatron.parallel.mesh import Mesh, open_mesh
+
+
+def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = True) -> NelboResult:
+    """Prints the held-out NELBO of a checkpoint and writes it to the run folder's evaluation.json."""
+    path = choose_checkpoint(config, checkpoint)
+    with _restored(config, path, use_ema) as (mesh, chunks, step):
+        samples = build_valid_samples(config, mesh.device)
+        bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
+        evaluator = NelboEvaluator(config, mesh, samples, Objective(samples.noise, mesh), bytes_per_token)
+        result = evaluator(chunks)
+        if mesh.is_main:
+            held_out = np.stack([samples.dataset[i] for i in range(evaluator.num_sequences)])
+            _report_evaluation(config, path, step, use_ema, result, unigram_entropy(held_out))
+    return result
+
+
+def sample(
+    config: RunConfig, options: SampleOptions, checkpoint: str | None = None, use_ema: bool = True
+) -> Samples:
+    """Prints samples of a checkpoint, each with its unigram entropy, and a trace of the first if asked for."""
+    path = choose_checkpoint(config, checkpoint)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    noise, schedule = build_noise(config), build_schedule(config.diffusion)
+    prompt_ids = tokenizer.encode(options.prompt) if options.prompt else []
+    with _restored(config, path, use_ema) as (mesh, chunks, step):
+        samples = generate(
+            build_denoiser(chunks, mesh, config.data.vocab_size),
+            options,
+            noise,
+            schedule,
+            config.data.seq_length,
+            prompt_ids,
+            mesh.device,
+        )
+        if mesh.is_main:
+            _report_samples(tokenizer, options, samples, f"{path} (step {step}, {_weights(use_ema)})")
+    return samples
+
+
+@contextmanager
+def _restored(
+    config: RunConfig, path: Path, use_ema: bool
+) -> Iterator[tuple[Mesh, list[MegatronModule], int]]:
+    parallel = config.parallel
+    with open_mesh(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        parallel.distributed_timeout_minutes,
+    ) as mesh:
+        derive(config, mesh.world_size)  # refuses a layout that does not fit the processes
+        chunks, step = restore_model(config, mesh, path, use_ema)
+        yield mesh, chunks, step
+
+
+def _weights(use_ema: bool) -> str:
+    return "averaged weights" if use_ema else "plain weights"
+
+
+def _report_evaluation(
+    config: RunConfig, path: Path, step: int, use_ema: bool, result: NelboResult, entropy: float
+) -> None:
+    bits = "" if result.bits_per_byte is None else f", {result.bits_per_byte:.4f} bits per byte"
+    print(
+        f"{path} (step {step}, {_weights(use_ema)})\n"
+        f"  held-out NELBO {result.nelbo_per_token:.4f} +- {result.standard_error:.4f} nats per token, "
+        f"perplexity {result.perplexity:.2f}{bits}\n"
+        f"  over {result.num_sequences} sequences, {result.num_tokens} tokens; "
+        f"their unigram entropy is {entropy:.4f} nats per token",
+        flush=True,
+    )
+    record = {
+        "checkpoint": path.name,
+        "step": step,
+        "ema": use_ema,
+        "uniform_ratio": config.diffusion.uniform_ratio,
+        "nelbo_per_token": result.nelbo_per_token,
+        "standard_error": result.standard_error,
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "num_sequences": result.num_sequences,
+        "num_noise_draws": config.evaluation.num_noise_draws,
+        "seed": config.run.seed,
+        "unigram_entropy": entropy,
+    }
+    (run_folder(config) / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _report_samples(tokenizer: Tokenizer, options: SampleOptions, samples: Samples, title: str) -> None:
+    print(f"{title}: {options.num_steps} steps, {samples.num_function_evaluations} network calls")
+    if options.trace_frames:
+        frames = [(t, ids.cpu().numpy()) for t, ids in samples.snapshots]
+        print(
+            render_trace(
+                [ids for _, ids in frames],
+                [t for t, _ in frames],
+                tokenizer.token_strings,
+                tokenizer.mask_id,
+                max_frames=options.trace_frames,
+                color=sys.stdout.isatty(),
+            )
+        )
+    for index, ids in enumerate(samples.ids.cpu().numpy()):
+        print(f"--- sample {index + 1}: unigram entropy {unigram_entropy(ids):.3f} nats per token")
+        print(tokenizer.decode(ids.tolist()), flush=True)

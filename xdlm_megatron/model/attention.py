@@ -1,0 +1,70 @@
+"""Bidirectional attention on torch's scaled_dot_product_attention: no [S, S] scores are kept.
+
+Shapes: S sequence, B batch, N query heads of this rank, G key/value heads of this rank, D head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SDPAttention(MegatronModule):
+    """Megatron-Core's `core_attention`: full attention, grouped queries, on CPU and CUDA.
+
+    Upstream's local DotProductAttention keeps the [B, N, S, S] scores; flash or memory-efficient kernels behind
+    SDPA do not.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+
+    def forward(
+        self,
+        query_SBND: torch.Tensor,
+        key_SBGD: torch.Tensor,
+        value_SBGD: torch.Tensor,
+        attention_mask: None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """Returns [S, B, N * D], in the queries' dtype."""
+        if attention_mask is not None:
+            raise ValueError("attention_mask must be None: attention is full here; pack whole sequences instead")
+        S, B, N, D = query_SBND.shape
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        grouped = key.shape[1] != N
+        if self.training and self.dropout:
+            # Heads are split over ranks, so each rank draws from its own stream.
+            with tensor_parallel.get_cuda_rng_tracker().fork():
+                out_BNSD = _attend(query, key, value, self.softmax_scale, grouped, self.dropout)
+        else:
+            out_BNSD = _attend(query, key, value, self.softmax_scale, grouped, 0.0)
+        return out_BNSD.permute(2, 0, 1, 3).reshape(S, B, N * D)
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+    grouped: bool,
+    dropout: float,
+) -> torch.Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped
+    )

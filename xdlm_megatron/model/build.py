@@ -1,0 +1,74 @@
+"""Recipe -> model chunks on their device, wrapped for mixed precision and data parallelism."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.transformer.module import Float16Module, MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from xdlm_megatron.config.derive import padded_vocab_size
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.model.dlm import DiffusionLM
+from xdlm_megatron.model.init import init_weights
+from xdlm_megatron.model.layer_spec import build_block_spec
+from xdlm_megatron.model.transformer_config import build_transformer_config
+from xdlm_megatron.parallel.mesh import Mesh
+
+
+def build_model(config: RunConfig, mesh: Mesh) -> list[MegatronModule]:
+    """This process's pipeline chunks, initialised, in the recipe's precision; not yet wrapped for training."""
+    transformer = build_transformer_config(config.model, config.parallel, config.precision)
+    chunks = [_build_chunk(config, transformer, mesh, index) for index in range(mesh.num_chunks)]
+    if transformer.bf16:
+        return [Float16Module(transformer, chunk) for chunk in chunks]
+    return list(chunks)
+
+
+def wrap_for_training(
+    chunks: list[MegatronModule], use_distributed_optimizer: bool, mesh: Mesh
+) -> list[MegatronModule]:
+    """Megatron's data-parallel wrapper: gradients accumulate in float32 and are reduced once a step."""
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+    )
+    return [
+        DistributedDataParallel(
+            chunk.config, ddp, chunk, disable_bucketing=index > 0, pg_collection=mesh.groups
+        )
+        for index, chunk in enumerate(chunks)
+    ]
+
+
+def unwrap(chunk: MegatronModule) -> DiffusionLM:
+    """The DiffusionLM inside its wrappers."""
+    while isinstance(chunk, DistributedDataParallel | Float16Module):
+        chunk = chunk.module
+    return chunk
+
+
+def _build_chunk(config: RunConfig, transformer: TransformerConfig, mesh: Mesh, index: int) -> DiffusionLM:
+    chunk_index = index if mesh.virtual_pipeline_size else None
+    chunk = DiffusionLM(
+        transformer,
+        build_block_spec(transformer, chunk_index),
+        padded_vocab_size=padded_vocab_size(config),
+        seq_length=config.data.seq_length,
+        groups=mesh.groups,
+        is_first_stage=mesh.is_first_stage(index),
+        is_last_stage=mesh.is_last_stage(index),
+        chunk=chunk_index,
+        share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+        rotary_base=config.model.rotary_base,
+    )
+    tied = config.model.share_embeddings_and_output_weights
+    init_weights(
+        chunk,
+        seed=config.run.seed,
+        vocab_size=config.data.vocab_size,
+        zero_head=config.model.zero_init_head and not tied,
+    )
+    for parameter in chunk.parameters():
+        tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+    return chunk.to(mesh.device) if mesh.device != torch.device("cpu") else chunk

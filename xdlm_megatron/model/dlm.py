@@ -1,0 +1,109 @@
+"""The denoiser: Megatron-Core's embedding, transformer block and vocabulary-parallel head.
+
+Shapes: B batch, S sequence, H hidden, P vocabulary shard (padded vocabulary / tensor-parallel size).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import tensor_parallel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import ModelType
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class DiffusionLM(LanguageModule):
+    """z_t -> logits of x_0, with full attention and no time input (the paper feeds a constant).
+
+    One pipeline chunk of it: the first has the embedding, the last the final norm and the head. The loss is not
+    in here.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        block_spec: TransformerBlockSubmodules,
+        padded_vocab_size: int,
+        seq_length: int,
+        groups: ProcessGroupCollection,
+        is_first_stage: bool = True,
+        is_last_stage: bool = True,
+        chunk: int | None = None,
+        share_embeddings_and_output_weights: bool = False,
+        rotary_base: int = 10_000,
+    ) -> None:
+        super().__init__(config=config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder
+        # Names that Megatron-Core's pipeline schedules and gradient finalisation read:
+        self.pre_process = is_first_stage
+        self.post_process = is_last_stage
+        self.vp_stage = chunk
+        self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
+        if is_first_stage:
+            self.embedding = LanguageModelEmbedding(
+                config, padded_vocab_size, seq_length, position_embedding_type="rope", tp_group=groups.tp
+            )
+        self.rotary_pos_emb = RotaryEmbedding(
+            config.kv_channels,
+            rotary_percent=1.0,
+            rotary_base=rotary_base,
+            use_cpu_initialization=config.use_cpu_initialization,
+            cp_group=groups.cp,
+        )
+        self.decoder = TransformerBlock(
+            config,
+            block_spec,
+            pre_process=is_first_stage,
+            post_process=is_last_stage,
+            pg_collection=groups,
+            vp_stage=chunk,
+        )
+        if is_last_stage:
+            self.output_layer = tensor_parallel.ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=config,
+                init_method=config.init_method,
+                bias=False,
+                skip_bias_add=False,
+                gather_output=False,
+                skip_weight_param_allocation=is_first_stage and share_embeddings_and_output_weights,
+                tp_group=groups.tp,
+            )
+        if is_first_stage or is_last_stage:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
+        """What the pipeline schedule received from the stage before, [S, B, H]."""
+        self.decoder.set_input_tensor(input_tensor[0] if isinstance(input_tensor, list) else input_tensor)
+
+    def shared_embedding_or_output_weight(self) -> torch.Tensor:
+        """The matrix that a tied model keeps in step between its first and last stage."""
+        return self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
+        """Upstream's, without the head's extra state, which is empty and differs between versions."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        state.pop(f"{prefix}output_layer._extra_state", None)
+        return state
+
+    def forward(self, zt_BS: torch.Tensor) -> torch.Tensor:
+        """Logits [S, B, P] on the last stage, hidden states [S, B, H] elsewhere (S / tp with sequence parallel).
+
+        Args:
+            zt_BS: noisy token ids, int64; only its shape is read after the first stage.
+        """
+        hidden = self.embedding(input_ids=zt_BS, position_ids=None) if self.pre_process else None
+        rotary = self.rotary_pos_emb(zt_BS.shape[1])
+        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        if not self.post_process:
+            return hidden
+        tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits_SBP, _ = self.output_layer(hidden, weight=tied)
+        return logits_SBP

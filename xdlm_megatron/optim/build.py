@@ -1,0 +1,68 @@
+"""Recipe -> Megatron's optimizer and its learning-rate schedule."""
+
+from __future__ import annotations
+
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+
+from xdlm_megatron.config.schema import ConstantLr, LrSchedule, Optimizer, WsdLr
+from xdlm_megatron.parallel.mesh import Mesh
+
+
+def build_optimizer(
+    section: Optimizer, schedule: LrSchedule, chunks: list[MegatronModule], mesh: Mesh
+) -> MegatronOptimizer:
+    """AdamW over the wrapped model chunks, float32 master weights, sharded over data parallel if asked."""
+    transformer = chunks[0].config
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=section.lr,
+        min_lr=_min_lr(schedule, section),
+        weight_decay=section.weight_decay,
+        adam_beta1=section.adam_beta1,
+        adam_beta2=section.adam_beta2,
+        adam_eps=section.adam_eps,
+        clip_grad=section.clip_grad,
+        bf16=transformer.bf16,
+        params_dtype=transformer.params_dtype,
+        use_distributed_optimizer=section.use_distributed_optimizer,
+    )
+    return get_megatron_optimizer(
+        config,
+        chunks,
+        config_overrides=get_standard_config_overrides(config),  # no weight decay on norms
+        use_gloo_process_groups=False,
+        pg_collection=mesh.groups,
+    )
+
+
+def build_lr_schedule(
+    schedule: LrSchedule, section: Optimizer, num_steps: int, optimizer: MegatronOptimizer
+) -> OptimizerParamScheduler:
+    """Megatron's scheduler, counted in optimizer steps."""
+    is_wsd = isinstance(schedule, WsdLr)
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=section.lr,
+        min_lr=_min_lr(schedule, section),
+        lr_warmup_steps=schedule.warmup_steps,
+        lr_decay_steps=num_steps,
+        lr_decay_style="WSD" if is_wsd else schedule.kind,
+        start_wd=section.weight_decay,
+        end_wd=section.weight_decay,
+        wd_incr_steps=num_steps,
+        wd_incr_style="constant",
+        wsd_decay_steps=schedule.decay_steps if is_wsd else None,
+        lr_wsd_decay_style=schedule.decay_style if is_wsd else None,
+    )
+
+
+def _min_lr(schedule: LrSchedule, section: Optimizer) -> float:
+    return section.lr if isinstance(schedule, ConstantLr) else schedule.min_lr

@@ -1,0 +1,121 @@
+"""Processes and their groups. The only reader of Megatron's global parallel state."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This process's place among the others."""
+
+    groups: ProcessGroupCollection
+    device: torch.device
+    virtual_pipeline_size: int | None
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """The one process that writes logs and publishes checkpoints."""
+        return dist.get_rank() == 0
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def num_chunks(self) -> int:
+        """Model chunks that this process holds."""
+        return self.virtual_pipeline_size or 1
+
+    @property
+    def is_loss_rank(self) -> bool:
+        """Last pipeline stage, first of its tensor-parallel group: counts each loss once."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1 and self.groups.tp.rank() == 0
+
+    def is_first_stage(self, chunk: int) -> bool:
+        return self.groups.pp.rank() == 0 and chunk == 0
+
+    def is_last_stage(self, chunk: int) -> bool:
+        return self.groups.pp.rank() == self.groups.pp.size() - 1 and chunk == self.num_chunks - 1
+
+    def reduce_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes, in place."""
+        dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if it is true on one."""
+        value = torch.tensor([int(flag)], device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+
+@contextmanager
+def open_mesh(
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    virtual_pipeline_model_parallel_size: int | None = None,
+    distributed_timeout_minutes: float = 10.0,
+) -> Iterator[Mesh]:
+    """Starts torch.distributed (NCCL with CUDA, gloo without) and Megatron's groups; closes them at the end.
+
+    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them this is a world of one.
+    """
+    cuda = torch.cuda.is_available()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    started_here = not dist.is_initialized()
+    if started_here:
+        alone = "RANK" not in os.environ
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(minutes=distributed_timeout_minutes),
+            **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
+        )
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size,
+            pipeline_model_parallel_size,
+            virtual_pipeline_model_parallel_size,
+            distributed_timeout_minutes=distributed_timeout_minutes,
+            create_gloo_process_groups=False,
+        )
+        yield Mesh(
+            ProcessGroupCollection.use_mpu_process_groups(), device, virtual_pipeline_model_parallel_size
+        )
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started_here:
+            dist.destroy_process_group()
+
+
+def seed_model_parallel_rng(seed: int) -> None:
+    """Restarts the generators that dropout draws from, as a function of `seed` alone."""
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

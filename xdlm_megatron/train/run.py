@@ -1,0 +1,231 @@
+"""A training run from its recipe: builds every part in order, resumes if asked, trains, closes."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.transformer.module import MegatronModule
+
+from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
+from xdlm_megatron.checkpoint.save_load import (
+    CheckpointError,
+    find_latest,
+    list_checkpoints,
+    load_checkpoint,
+    load_plain_values,
+    save_checkpoint,
+)
+from xdlm_megatron.config.derive import Derived, derive, run_folder
+from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.build import build_train_samples, build_valid_samples
+from xdlm_megatron.data.indexed import load_manifest
+from xdlm_megatron.evaluation.nelbo import NelboEvaluator
+from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
+from xdlm_megatron.model.objective import Objective
+from xdlm_megatron.model.transformer_config import DTYPES
+from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
+from xdlm_megatron.optim.ema import Ema
+from xdlm_megatron.parallel.mesh import Mesh, open_mesh
+from xdlm_megatron.tracking.console import ConsoleTracker
+from xdlm_megatron.tracking.jsonl import JsonlTracker, truncate_after
+from xdlm_megatron.tracking.mlflow import MlflowTracker
+from xdlm_megatron.tracking.tracker import CompositeTracker, NoopTracker, Tracker
+from xdlm_megatron.train.loop import Loop
+from xdlm_megatron.train.peak import peak_flops
+from xdlm_megatron.train.provenance import (
+    RECIPE,
+    check_same_experiment,
+    git_commit,
+    recipe_hash,
+    write_provenance,
+)
+from xdlm_megatron.train.signals import catch_stop_signals
+from xdlm_megatron.train.state import TrainState
+from xdlm_megatron.train.step import TrainStep
+
+METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
+
+
+@dataclass
+class Run:
+    """The parts of a run that outlive a step."""
+
+    config: RunConfig
+    derived: Derived
+    mesh: Mesh
+    folder: Path
+    chunks: list[MegatronModule]
+    step: TrainStep
+    evaluator: NelboEvaluator | None
+
+    def save(self, state: TrainState) -> Path:
+        """Writes a checkpoint of the run at `state`."""
+        values = self._sharded_state(is_loading=False) | self._plain_values(state)
+        return save_checkpoint(
+            self.folder / CHECKPOINTS, state.step, values, self.mesh, self.config.checkpoint.keep_last
+        )
+
+    def load(self, path: Path) -> TrainState:
+        """Takes model, optimizer, schedule and EMA from the checkpoint, whatever layout wrote it."""
+        plain = load_plain_values(path)
+        if (self.step.ema is not None) and "ema_updates" not in plain:
+            raise CheckpointError(f"{path} holds no EMA and optimizer.ema_decay is on; turn it off to go on")
+        values = load_checkpoint(path, self._sharded_state(is_loading=True))
+        for index, chunk in enumerate(self.chunks):
+            unwrap(chunk).load_state_dict(values[f"model{index}"])
+        self.step.optimizer.load_state_dict(values["optimizer"])
+        self.step.lr_schedule.load_state_dict(values["lr_schedule"])
+        if self.step.ema is not None:
+            self.step.ema.load(values["ema"], values["ema_updates"])
+        return TrainState.from_dict(values["train_state"])
+
+    def _sharded_state(self, is_loading: bool) -> dict:
+        groups = self.mesh.groups
+        model = model_state([unwrap(chunk) for chunk in self.chunks], groups)
+        state = dict(model)
+        state |= optimizer_state(model, self.step.optimizer, self.step.lr_schedule, groups, is_loading)
+        if self.step.ema is not None:
+            state["ema"] = self.step.ema.sharded_state(model, is_loading)
+        return state
+
+    def _plain_values(self, state: TrainState) -> dict:
+        values = {"train_state": state.to_dict(), "recipe": to_tree(self.config)}
+        if self.step.ema is not None:
+            values["ema_updates"] = self.step.ema.num_updates
+        return values
+
+
+def build_run(config: RunConfig, mesh: Mesh) -> Run:
+    """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
+    derived = derive(config, mesh.world_size)
+    samples = build_train_samples(config, mesh.device)
+    objective = Objective(samples.noise, mesh)
+    evaluator = None
+    if config.data.valid_prefix is not None:
+        bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
+        held_out = build_valid_samples(config, mesh.device)
+        evaluator = NelboEvaluator(config, mesh, held_out, objective, bytes_per_token)
+    chunks = wrap_for_training(build_model(config, mesh), config.optimizer.use_distributed_optimizer, mesh)
+    optimizer = build_optimizer(config.optimizer, config.lr_schedule, chunks, mesh)
+    lr_schedule = build_lr_schedule(config.lr_schedule, config.optimizer, config.train.num_steps, optimizer)
+    ema = Ema(chunks, optimizer, config.optimizer.ema_decay, mesh) if config.optimizer.ema_decay else None
+    step = TrainStep(config, derived, mesh, chunks, optimizer, lr_schedule, ema, samples, objective)
+    return Run(config, derived, mesh, run_folder(config), chunks, step, evaluator)
+
+
+def train(config: RunConfig, resume: bool = False) -> str:
+    """Trains until the recipe's end, a signal or train.stop_after_step; returns "finished" or "stopped".
+
+    Raises:
+        ConfigError, DataError, CheckpointError, ValueError: the user's to mend, with the cure in the message.
+        TrainingError: training cannot go on.
+    """
+    parallel = config.parallel
+    with ExitStack() as stack:
+        stop = stack.enter_context(catch_stop_signals())
+        mesh = stack.enter_context(
+            open_mesh(
+                parallel.tensor_model_parallel_size,
+                parallel.pipeline_model_parallel_size,
+                parallel.virtual_pipeline_model_parallel_size,
+                parallel.distributed_timeout_minutes,
+            )
+        )
+        start = _choose_start(config, resume)
+        run = build_run(config, mesh)
+        state = run.load(start) if start is not None else TrainState()
+        mesh.barrier()
+        if mesh.is_main:
+            run.folder.mkdir(parents=True, exist_ok=True)
+            if start is None:
+                write_provenance(run.folder, config)
+            else:
+                truncate_after(run.folder / METRICS, state.step)
+        peak, source = peak_flops(mesh.device, DTYPES[config.precision.dtype])
+        if mesh.is_main:
+            print(describe(run, state, source), flush=True)
+        tracker = _build_tracker(run, state)
+        status = "FAILED"
+        try:
+            outcome = Loop(run.step, run.evaluator, tracker, run.save, peak).run(state, stop)
+            status = "FINISHED" if outcome == "finished" else "KILLED"
+        finally:
+            tracker.close(status)
+        if mesh.is_main:
+            print(f"{outcome} at step {state.step}; run folder {run.folder}", flush=True)
+        return outcome
+
+
+def describe(run: Run, state: TrainState, peak_source: str) -> str:
+    """What starts, in a few lines."""
+    config, derived = run.config, run.derived
+    parallel = config.parallel
+    start = f"resumes at step {state.step}" if state.step else "starts"
+    return "\n".join(
+        [
+            f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
+            f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype}, {run.mesh.device.type}",
+            f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
+            f"{parallel.pipeline_model_parallel_size} x data {derived.data_parallel_size}, "
+            f"{derived.num_microbatches} micro-batches of {config.train.micro_batch_size} a step",
+            f"  budget: {config.train.num_steps} steps of {derived.tokens_per_step} tokens; training set of "
+            f"{len(run.step.samples.dataset)} samples; MFU against: {peak_source}",
+        ]
+    )
+
+
+def _choose_start(config: RunConfig, resume: bool) -> Path | None:
+    """The checkpoint to go on from. A run folder is never overwritten and never restarted in silence."""
+    folder = run_folder(config)
+    checkpoints = folder / CHECKPOINTS
+    if not (folder / RECIPE).exists():
+        if resume:
+            raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start it")
+        return None
+    if not resume:
+        raise CheckpointError(f"{folder} holds a run already; add --resume to go on, or choose another run.name")
+    check_same_experiment(folder, config)
+    latest = find_latest(checkpoints)
+    if latest is None:
+        left = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"
+        raise CheckpointError(
+            f"{checkpoints} has no '{'latest'}' (whole checkpoints there: {left}); "
+            "the run never saved: remove the folder to start over"
+        )
+    return latest
+
+
+def _build_tracker(run: Run, state: TrainState) -> Tracker:
+    if not run.mesh.is_main:
+        return NoopTracker()
+    config = run.config
+    trackers: list[Tracker] = [
+        JsonlTracker(run.folder / METRICS),
+        ConsoleTracker(config.train.num_steps, state.step),
+    ]
+    if config.tracking.mlflow is not None:
+        parallel = config.parallel
+        trackers.append(
+            MlflowTracker(
+                run.folder,
+                None if config.tracking.mlflow == "local" else config.tracking.mlflow,
+                config.tracking.experiment,
+                config.run.name,
+                params=to_tree(config) | {"num_parameters": run.derived.num_parameters},
+                tags={
+                    "recipe_hash": recipe_hash(config),
+                    "git_commit": git_commit() or "unknown",
+                    "uniform_ratio": config.diffusion.uniform_ratio,
+                    "layout": f"tp{parallel.tensor_model_parallel_size}-pp{parallel.pipeline_model_parallel_size}"
+                    f"-dp{run.derived.data_parallel_size}",
+                },
+            )
+        )
+    tracker = CompositeTracker(trackers)
+    tracker.log_artifact(run.folder / RECIPE)
+    return tracker

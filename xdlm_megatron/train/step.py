@@ -1,0 +1,111 @@
+"""One optimizer step, as the lines of docs/architecture.md tell it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor
+
+from xdlm_megatron.config.derive import Derived
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.batch import Batch, NoisedSamples
+from xdlm_megatron.data.sampler import micro_batch_ids, micro_batch_slots
+from xdlm_megatron.model.objective import Objective, run_schedule
+from xdlm_megatron.optim.ema import Ema
+from xdlm_megatron.parallel.mesh import Mesh, seed_model_parallel_rng
+from xdlm_megatron.train.state import TrainState
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step showed. nelbo: [sum in nats, tokens] counted by this process alone, on its device."""
+
+    nelbo: Tensor
+    grad_norm: float
+    skipped: bool
+
+
+@dataclass
+class TrainStep:
+    """Forward, backward and update over one global batch."""
+
+    config: RunConfig
+    derived: Derived
+    mesh: Mesh
+    chunks: list[MegatronModule]
+    optimizer: MegatronOptimizer
+    lr_schedule: OptimizerParamScheduler
+    ema: Ema | None
+    samples: NoisedSamples
+    objective: Objective
+
+    def __post_init__(self) -> None:
+        transformer = self.chunks[0].config
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.grad_scale_func = self.optimizer.scale_loss
+        transformer.no_sync_func = (
+            self.chunks[0].no_sync if len(self.chunks) == 1 else [chunk.no_sync for chunk in self.chunks]
+        )
+
+    def __call__(self, state: TrainState) -> StepResult:
+        """Takes the next global batch; advances `state`."""
+        self._seed_dropout(state.step)
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        outputs = run_schedule(
+            self.objective.forward_step,
+            self.chunks,
+            batches=lambda: self._batches(state),
+            num_microbatches=self.derived.num_microbatches,
+            micro_batch_size=self.config.train.micro_batch_size,
+            seq_length=self.config.data.seq_length,
+        )
+        # Megatron's own step clips but does not look for NaN without a loss scaler, so the norm is asked first.
+        self.optimizer.prepare_grads()
+        grad_norm = float(self.optimizer.get_grad_norm())
+        skipped = not math.isfinite(grad_norm)
+        if skipped:
+            state.skipped_steps += 1
+            state.skipped_in_a_row += 1
+        else:
+            state.skipped_in_a_row = 0
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update()
+        self.lr_schedule.step(1)
+        state.step += 1
+        state.consumed_samples += self.config.train.global_batch_size
+        state.consumed_tokens += self.derived.tokens_per_step
+        return StepResult(self._sum_and_count(outputs), grad_norm, skipped)
+
+    def _batches(self, state: TrainState) -> Iterator[Batch]:
+        train, mesh = self.config.train, self.mesh
+        for index in range(self.derived.num_microbatches):
+            place = (index, train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size)
+            ids = micro_batch_ids(state.consumed_samples, *place)
+            yield self.samples.build(ids, micro_batch_slots(*place), train.global_batch_size)
+
+    def _sum_and_count(self, outputs: list[dict[str, Tensor]]) -> Tensor:
+        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        if self.mesh.is_loss_rank:
+            for output in outputs:
+                total[0] += output["nelbo_per_sequence"].double().sum()
+                total[1] += output["nelbo_per_sequence"].numel() * self.config.data.seq_length
+        return total
+
+    def _seed_dropout(self, step: int) -> None:
+        """Dropout's generators restart each step from (seed, step, rank): a resume repeats nothing."""
+        model = self.config.model
+        if model.hidden_dropout or model.attention_dropout:
+            place = self.mesh.data_parallel_rank * self.mesh.groups.pp.size() + self.mesh.groups.pp.rank()
+            seed_model_parallel_rng((self.config.run.seed * 1_000_003 + step * 65_537 + place * 257) % 2**31)
+
