@@ -2,13 +2,13 @@
 
 Rank r of the group owns the ids [r P, (r + 1) P), Megatron's rule. The logits are read three times, a few
 rows at a time: row_stats (max, sum of the others' exponentials, two gathered logits), row_sums (k > 0 only:
-T and a) and, in backward, row_grad. With q_e = p_e / c (k = 0: q_e = p_e) and rho = -alpha'/beta, times c /
-(1 + c) where z_t = x0,
+T and s) and, in backward, row_grad. With q_e = p_e / c (k = 0: q_e = p_e), a_e = q_e / (1 + q_e) and
+rho = -alpha'/beta, times c / (1 + c) where z_t = x0,
 
-    T = sum over e != x of log1p(q_e)                      a = sum over e != x of q_e / (1 + q_e)
-    dL/dl_e = q_e (G - R / (1 + q_e)) + [e = x] X + [e = z] Z
-    X = -rho a_x (1 + [z = x] v / alpha)    Z = [z noise] rho a_z^2 / alpha,    a_e = p_e / (p_e + c)
-    R = rho c    G = c (R (a + a_x) - X - Z)            (k = 0: R = 0, G = -X = rho [z = mask])
+    T = sum over e != x of log1p(q_e)                      s = sum over e != x of q_e a_e
+    dL/dl_e = q_e (G + R a_e) + [e = x] X + [e = z] Z
+    X = -rho a_x (1 + [z = x] v / alpha)                   Z = [z noise] rho a_z^2 / alpha
+    R = rho c    G = -R (c s + p_x a_x) - c (X + Z)        (k = 0: R = 0, G = -X = rho [z = mask])
 
 The upstream gradient multiplies R, G, X, Z in float32, before the gradient's only rounding to the logits'
 dtype. Communication: one all-gather of 16 bytes a token, one of 8 (k > 0 only), none in backward. Both are
@@ -110,11 +110,11 @@ class _VocabParallelNelbo(torch.autograd.Function):
         else:
             scale_N = 1 / (total_N * noise.floor(alpha_N, beta_N))
             sums_R2N = _gather_ranks(row_sums(logits_NP, x0_N, top_N, scale_N, first_id, noise), group)
-            T_N, a_N = sums_R2N.unbind(1)[0].sum(0), sums_R2N.unbind(1)[1].sum(0)
+            T_N, s_N = sums_R2N.sum(0)
             rates_N = (alpha_N, beta_N, dalpha_N)
             p_N = (log_px_N.exp(), rest_N, p_z_N)
             loss_N = density_from_scalars(*p_N, T_N, zt_N, x0_N, *rates_N, noise)
-            terms = grad_terms(top_N, scale_N, *p_N, a_N, zt_N, x0_N, *rates_N, noise)
+            terms = grad_terms(top_N, scale_N, *p_N, s_N, zt_N, x0_N, *rates_N, noise)
         ctx.save_for_backward(logits_BSP, zt_N, x0_N, *terms)
         ctx.noise, ctx.first_id, ctx.transposed, ctx.grad_in_place = (
             noise,
@@ -173,15 +173,15 @@ def merge_stats(stats_R4N: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
 def row_sums(
     logits_NP: Tensor, x0_N: Tensor, top_N: Tensor, scale_N: Tensor, first_id: int, noise: StationaryNoise
 ) -> Tensor:
-    """[2, N]: this shard's T and a, with q = scale exp(l - top)."""
+    """[2, N]: this shard's T and s, with q = scale exp(l - top)."""
     sums_2N = torch.empty(2, logits_NP.shape[0], dtype=top_N.dtype, device=logits_NP.device)
     index_N1, owned_N = _local(x0_N, first_id, logits_NP.shape[1])
     kept_N1 = torch.where(owned_N, 0.0, 1.0).to(top_N.dtype)[:, None]
     for rows, q, ratio in _chunks(logits_NP, first_id, noise):
         q.sub_(top_N[rows, None]).exp_().mul_(scale_N[rows, None])
         _scale_column(q, index_N1[rows], kept_N1[rows])
-        torch.add(q, 1, out=ratio)
-        sums_2N[1, rows] = torch.div(q, ratio, out=ratio).sum(-1)
+        _ratio(q, out=ratio)
+        sums_2N[1, rows] = ratio.mul_(q).sum(-1)
         sums_2N[0, rows] = q.log1p_().sum(-1)
     return sums_2N
 
@@ -192,7 +192,7 @@ def grad_terms(
     p_x_N: Tensor,
     rest_N: Tensor,
     p_z_N: Tensor,
-    a_N: Tensor,
+    s_N: Tensor,
     zt_N: Tensor,
     x0_N: Tensor,
     alpha_N: Tensor,
@@ -207,8 +207,8 @@ def grad_terms(
     rho_N = -dalpha_N / beta_N * torch.where(same_N, c_N / (1 + c_N), 1.0)
     X_N = -rho_N * a_x_N * (1 + torch.where(same_N, v_N / alpha_N, 0.0))
     Z_N = torch.where(same_N | noise.is_mask(zt_N), 0.0, rho_N * a_z_N.square() / alpha_N)
-    R_N = rho_N * c_N
-    return GradTerms(top_N, scale_N, R_N, c_N * (R_N * (a_N + a_x_N) - X_N - Z_N), X_N, Z_N)
+    R_N, mean_a_N = rho_N * c_N, c_N * s_N + p_x_N * a_x_N
+    return GradTerms(top_N, scale_N, R_N, -R_N * mean_a_N - c_N * (X_N + Z_N), X_N, Z_N)
 
 
 def mask_noise_terms(
@@ -251,9 +251,8 @@ def row_grad(
             q.mul_((terms.scale * terms.G)[rows, None])
         else:
             q.mul_(terms.scale[rows, None])
-            torch.add(q, 1, out=slope)
-            torch.div(terms.R[rows, None], slope, out=slope)
-            q.mul_(torch.sub(terms.G[rows, None], slope, out=slope))
+            _ratio(q, out=slope)
+            q.mul_(torch.addcmul(terms.G[rows, None], terms.R[rows, None], slope, out=slope))
             q.scatter_add_(1, index_z_N1[rows], Z_N1[rows])
         q.scatter_add_(1, index_x_N1[rows], X_N1[rows])
         out_NP[rows] = q.masked_fill_(dead_N[rows, None], 0.0)
@@ -278,6 +277,12 @@ def _chunks(
             x[:, mask_column] = -torch.inf
         x[:, padding:] = -torch.inf
         yield rows, x, other
+
+
+def _ratio(q_NP: Tensor, *, out: Tensor) -> Tensor:
+    """q / (1 + q)."""
+    torch.add(q_NP, 1, out=out)
+    return torch.div(q_NP, out, out=out)
 
 
 def _scale_column(x_NP: Tensor, index_N1: Tensor, factor_N1: Tensor) -> None:
