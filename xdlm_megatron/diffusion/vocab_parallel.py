@@ -29,7 +29,7 @@ from xdlm_megatron.diffusion.nelbo import density_from_scalars, per_token
 from xdlm_megatron.diffusion.noise import StationaryNoise
 
 # Elements of one scratch buffer: it should stay in a core's cache on a CPU and fill a GPU.
-SCRATCH_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 24}
+SCRATCH_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def vocab_parallel_nelbo(
