@@ -91,10 +91,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def _lines(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         for line in text.split("\n"):
-            # NUL ends a string in SentencePiece's trainer; the byte fallback encodes it all the same.
-            clean = line.replace("\x00", "")
-            for start in range(0, len(clean), MAX_LINE):
-                yield clean[start : start + MAX_LINE]
+            for start in range(0, len(line), MAX_LINE):
+                yield line[start : start + MAX_LINE]
 
 
 def _reason(error: Exception) -> str:

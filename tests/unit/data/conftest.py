@@ -44,9 +44,9 @@ def train_byte_level(texts: list[str], special_tokens: list[str]) -> tokenizers.
 
 @pytest.fixture(scope="session")
 def hf_path(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Byte-level BPE with special tokens <|mask|> and <|endoftext|>."""
+    """Byte-level BPE with special tokens <|endoftext|> 0, <|mask|> 1, <|pad|> 2."""
     path = tmp_path_factory.mktemp("tiny-bpe") / "tokenizer.json"
-    train_byte_level(texts, ["<|endoftext|>", "<|mask|>"]).save(str(path))
+    train_byte_level(texts, ["<|endoftext|>", "<|mask|>", "<|pad|>"]).save(str(path))
     return path
 
 

@@ -62,6 +62,12 @@ def test_text_never_makes_mask_or_end(tokenizer: Tokenizer, text: str) -> None:
         assert tokenizer.eod_id not in ids
 
 
+def test_no_special_token_comes_from_text(hf_path: Path) -> None:
+    raw = tokenizers.Tokenizer.from_file(str(hf_path))
+    assert raw.encode("king<|pad|>").ids[-1] == 2, "the library would make it: else this test says nothing"
+    assert 2 not in load_tokenizer(hf_path).encode("king<|pad|>")
+
+
 def test_user_defined_mask_is_never_made(texts: list[str], tmp_path: Path) -> None:
     path = user_defined_model(texts, tmp_path / "user.model")
     raw = sentencepiece.SentencePieceProcessor(model_file=str(path))
