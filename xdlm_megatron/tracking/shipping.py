@@ -115,7 +115,7 @@ class Shipper:
                 "artifacts": {},
                 "offset": 0,
                 "tail": "",
-                "last_steps": {},
+                "last_steps": self._last_steps(run),
             }
             write_json(shipped_file, shipped)
         return shipped
@@ -123,6 +123,11 @@ class Shipper:
     def _create_run(self, experiment_id: str, request: dict[str, Any]) -> Any:
         tags = {**_clean(request["tags"]), UID_TAG: request["uid"]}
         return self._client.create_run(experiment_id, run_name=request["run_name"], tags=tags)
+
+    def _last_steps(self, run: Any) -> dict[str, int]:
+        """What a run found by its tag has already: our own note of it is lost, or the store has moved."""
+        history = self._client.get_metric_history
+        return {name: max(p.step for p in history(run.info.run_id, name)) for name in run.data.metrics}
 
     def _send_params_and_tags(self, request: dict[str, Any], shipped: dict[str, Any]) -> None:
         from mlflow.entities import Param, RunTag
@@ -201,8 +206,9 @@ def new_points(file: BinaryIO, offset: int, last_steps: dict[str, int]) -> Itera
         offset += len(line)
         step, milliseconds = record.pop("step"), int(1000 * record.pop("time", 0))
         for name, value in record.items():
+            name = _clean_name(name)
             if isinstance(value, (int, float)) and step > last_steps.get(name, -1):
-                points.append((_clean_name(name), float(value), milliseconds, step))
+                points.append((name, float(value), milliseconds, step))
                 last_steps[name] = step
         if len(points) >= METRICS_PER_BATCH // 2:
             yield points, offset
