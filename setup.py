@@ -17,7 +17,7 @@ INSTALL_REQUIRES = [
     "pyyaml>=6",
     "sentencepiece>=0.2",
     "tokenizers>=0.20",
-    "mlflow-skinny>=3.1,<4",  # the client; sqlalchemy and alembic give it a local SQLite store
+    "mlflow-skinny>=3.17,<4",  # the client; sqlalchemy and alembic give it a local SQLite store
     "sqlalchemy>=2",
     "alembic>=1.13",
     "matplotlib>=3.8",
@@ -30,7 +30,7 @@ EXTRAS_REQUIRE = {
     "image": ["nvidia-dali-cuda120>=1.40; platform_system == 'Linux'", "pillow>=10"],
     "slurm": ["submitit>=1.5"],
     "eval": ["lm-eval>=0.4.9"],
-    "ui": ["mlflow>=3.1,<4"],
+    "ui": ["mlflow>=3.17,<4"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",

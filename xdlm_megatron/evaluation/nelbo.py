@@ -22,7 +22,7 @@ from xdlm_megatron.parallel.mesh import Mesh
 class NelboResult:
     """Nats per token over t in (t_min, 1), the paper's window (docs/differences.md), with its standard error.
 
-    standard_error: of the mean over sequences; an upper bound, because times are stratified.
+    standard_error: of the mean over sequences and noise, see `standard_error`.
     bits_per_byte: None where the text's size in bytes is not known.
     """
 
@@ -94,6 +94,20 @@ class NelboEvaluator:
     def _result(self, nelbo: Tensor) -> NelboResult:
         per_token = nelbo / self.config.data.seq_length
         mean = per_token.mean().item()
-        error = per_token.std().item() / math.sqrt(len(per_token)) if len(per_token) > 1 else math.nan
+        per_sequence = per_token.view(self.config.evaluation.num_noise_draws, -1).mean(dim=0)
         bits = mean / (self.bytes_per_token * math.log(2)) if self.bytes_per_token else None
-        return NelboResult(mean, error, bits, self.num_sequences, len(per_token) * self.config.data.seq_length)
+        num_tokens = len(per_token) * self.config.data.seq_length
+        return NelboResult(mean, standard_error(per_sequence), bits, self.num_sequences, num_tokens)
+
+
+def standard_error(values_N: Tensor) -> float:
+    """Standard error of the mean of values drawn at stratified times, in the order of the strata.
+
+    Half the mean squared difference of neighbours estimates the variance within a stratum (successive
+    differences; Wolter, Introduction to Variance Estimation, ch. 8): the spread between times, which
+    stratification has removed from the mean, does not count. NaN for a single value.
+    """
+    num_values = len(values_N)
+    if num_values < 2:
+        return math.nan
+    return math.sqrt(values_N.diff().square().mean().item() / 2 / num_values)

@@ -14,12 +14,13 @@ from xdlm_megatron.model.dlm import DiffusionLM
 from xdlm_megatron.model.init import init_weights
 from xdlm_megatron.model.layer_spec import build_block_spec
 from xdlm_megatron.model.transformer_config import build_transformer_config
-from xdlm_megatron.parallel.mesh import Mesh
+from xdlm_megatron.parallel.mesh import Mesh, seed_model_parallel_rng
 
 
 def build_model(config: RunConfig, mesh: Mesh) -> list[MegatronModule]:
     """This process's pipeline chunks, initialised, in the recipe's precision; not yet wrapped for training."""
     transformer = build_transformer_config(config.model, config.parallel, config.precision)
+    seed_model_parallel_rng(config.run.seed)  # upstream's constructors draw; init_weights replaces what they drew
     chunks = [_build_chunk(config, transformer, mesh, index) for index in range(mesh.num_chunks)]
     if transformer.bf16:
         return [Float16Module(transformer, chunk) for chunk in chunks]

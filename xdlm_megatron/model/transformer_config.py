@@ -53,7 +53,9 @@ def build_transformer_config(model: Model, parallel: Parallel, precision: Precis
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
         use_cpu_initialization=not torch.cuda.is_available(),
-        perform_initialization=False,  # model/init.py does it, the same for every layout
+        # gloo matches messages by order alone, so an interleaved schedule must post them one by one.
+        batch_p2p_comm=torch.cuda.is_available() and not parallel.virtual_pipeline_model_parallel_size,
+        overlap_p2p_comm=bool(parallel.virtual_pipeline_model_parallel_size),
     )
     try:
         return TransformerConfig(**{**fields, **model.mcore})

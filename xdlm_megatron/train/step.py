@@ -50,9 +50,6 @@ class TrainStep:
         transformer = self.chunks[0].config
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
-        transformer.no_sync_func = (
-            self.chunks[0].no_sync if len(self.chunks) == 1 else [chunk.no_sync for chunk in self.chunks]
-        )
 
     def __call__(self, state: TrainState) -> StepResult:
         """Takes the next global batch; advances `state`."""

@@ -1,0 +1,40 @@
+"""`python -m xdlm_megatron` that also records every noised sample it builds, for tests that compare layouts.
+
+Writes {sample id: digest of z_t and t} to $RECORD_DIR/<rank>.json.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import xdlm_megatron.parallel  # noqa: F401
+from xdlm_megatron.__main__ import main
+from xdlm_megatron.data.batch import Batch, NoisedSamples
+from xdlm_megatron.diffusion.counter_rng import Stream
+
+seen: dict[int, str] = {}
+build = NoisedSamples.build
+
+
+def recording_build(self, sample_ids, slots, batch_size) -> Batch:
+    batch = build(self, sample_ids, slots, batch_size)
+    if self.streams[0] is Stream.TIME:
+        for row, sample_id in enumerate(sample_ids):
+            bits = batch.zt_BS[row].numpy().tobytes() + batch.t_B[row].numpy().tobytes()
+            seen[int(sample_id)] = hashlib.sha256(bits).hexdigest()
+    return batch
+
+
+def write() -> None:
+    (Path(os.environ["RECORD_DIR"]) / f"{os.environ['RANK']}.json").write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    NoisedSamples.build = recording_build
+    atexit.register(write)
+    sys.exit(main())
