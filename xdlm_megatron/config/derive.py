@@ -1,4 +1,4 @@
-"""Arithmetic on a recipe: what follows from its knobs. Computed where needed, never written back. No torch."""
+"""Arithmetic on a recipe: what follows from its knobs. Computed where needed, never written back."""
 
 from __future__ import annotations
 
@@ -51,6 +51,21 @@ def model_parallel_size(config: RunConfig) -> int:
     return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
 
 
+def data_parallel_size(
+    world_size: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
+) -> int:
+    """Replicas of the model among `world_size` processes. Raises ValueError where the layout does not fit."""
+    size = tensor_model_parallel_size * pipeline_model_parallel_size
+    if world_size < 1 or world_size % size:
+        raise ValueError(
+            f"world size {world_size} must be a multiple of parallel.tensor_model_parallel_size * "
+            f"parallel.pipeline_model_parallel_size = {tensor_model_parallel_size} * "
+            f"{pipeline_model_parallel_size} = {size}; start {size} or {2 * size} processes (torchrun "
+            f"--nproc-per-node {size}), or change the layout"
+        )
+    return world_size // size
+
+
 def num_layer_parameters(config: RunConfig) -> int:
     """Parameters of one transformer layer: attention, SwiGLU, norms."""
     model, head = config.model, kv_channels(config)
@@ -74,8 +89,8 @@ def num_parameters(config: RunConfig) -> int:
 def flops_per_token(config: RunConfig) -> float:
     """Training FLOPs (forward and backward) per token.
 
-    Six per weight of a matrix, head included, embedding lookup free, plus 12 * L * d_attention * S for attention:
-    full (bidirectional), so the causal half does not apply.
+    Six per weight of a matrix, head included and embedding lookup free, plus 12 * L * d_attention * S for
+    attention: full (bidirectional), so the causal half does not apply.
     """
     model, head = config.model, kv_channels(config)
     norms = 2 * model.hidden_size + (2 * head if model.qk_layernorm else 0)
@@ -90,25 +105,21 @@ def derive(config: RunConfig, world_size: int) -> Derived:
     Raises:
         ValueError: the layout does not fit the world, or the batch does not divide; names the cure.
     """
-    size = model_parallel_size(config)
-    if world_size % size:
-        raise ValueError(
-            f"world size {world_size} must be a multiple of tensor_model_parallel_size * "
-            f"pipeline_model_parallel_size = {size}; start {size} or {2 * size} processes, or change parallel.*"
-        )
-    data_parallel_size = world_size // size
-    train = config.train
-    unit = train.micro_batch_size * data_parallel_size
+    parallel, train = config.parallel, config.train
+    replicas = data_parallel_size(
+        world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+    unit = train.micro_batch_size * replicas
     if train.global_batch_size % unit:
         below = train.global_batch_size // unit * unit
         nearest = f"{below} or {below + unit}" if below else f"{unit}"
         raise ValueError(
             f"train.global_batch_size={train.global_batch_size} must be a multiple of micro_batch_size * "
-            f"data_parallel_size = {train.micro_batch_size} * {data_parallel_size} = {unit}; nearest: {nearest}"
+            f"data_parallel_size = {train.micro_batch_size} * {replicas} = {unit}; nearest: {nearest}"
         )
     num_microbatches = train.global_batch_size // unit
-    stages = config.parallel.pipeline_model_parallel_size
-    if config.parallel.virtual_pipeline_model_parallel_size and num_microbatches % stages:
+    stages = parallel.pipeline_model_parallel_size
+    if parallel.virtual_pipeline_model_parallel_size and num_microbatches % stages:
         raise ValueError(
             f"interleaved pipelining needs micro-batches per step ({num_microbatches}) in multiples of "
             f"pipeline_model_parallel_size={stages}; change train.global_batch_size or train.micro_batch_size"
@@ -118,7 +129,7 @@ def derive(config: RunConfig, world_size: int) -> Derived:
     embeddings = 1 if config.model.share_embeddings_and_output_weights else 2
     return Derived(
         world_size=world_size,
-        data_parallel_size=data_parallel_size,
+        data_parallel_size=replicas,
         num_microbatches=num_microbatches,
         tokens_per_step=tokens_per_step,
         total_tokens=tokens_per_step * train.num_steps,

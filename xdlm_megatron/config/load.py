@@ -26,24 +26,29 @@ class _Loader(yaml.SafeLoader):
     """YAML with 1.2's floats (PyYAML reads 3e-4 as a string) and no silent duplicate keys."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that _Loader would read as floats, such as a run called 12e3."""
 
 
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        if key in seen:
-            raise yaml.YAMLError(f"'{key}' is given twice (line {key_node.start_mark.line + 1}); keep one")
-        seen.add(key)
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$")
+for _side in (_Loader, _Dumper):
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+
+
+def _checked_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key, _ in node.value:
+        where = f"line {key.start_mark.line + 1}"
+        if key.tag != yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG:
+            shown = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or a mapping"
+            raise yaml.YAMLError(f"{shown} cannot be a key ({where}); keys are names of sections and fields")
+        if key.value in seen:
+            raise yaml.YAMLError(f"'{key.value}' is given twice ({where}); keep one")
+        seen.add(key.value)
     return loader.construct_mapping(node, deep=True)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _checked_mapping)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -51,7 +56,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
     Args:
         path: the YAML file.
-        overrides: `section.field=value` strings; the value is read as YAML.
+        overrides: `section.field=value` or `section={...}` strings; the value is read as YAML.
 
     Raises:
         ConfigError: the file is missing or not YAML, or any field is unknown, missing, mistyped or in
@@ -82,7 +87,7 @@ def to_tree(config: Any) -> dict[str, Any]:
 
 def dump_recipe(config: RunConfig) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back to an equal RunConfig."""
-    return yaml.safe_dump(to_tree(config), sort_keys=False)
+    return yaml.dump(to_tree(config), Dumper=_Dumper, sort_keys=False)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -92,28 +97,24 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
+        raise ConfigError(f"{path}: not a recipe in YAML: {_one_line(error)}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(
-            f"{path}: a recipe is a mapping of sections, got {type(tree).__name__}; see examples/"
-        )
+        raise ConfigError(f"{path}: a recipe is a mapping of sections (got {tree!r:.60}); see examples/")
     return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     keys = dotted.split(".")
-    if not equals or not all(keys) or len(keys) < 2:
+    if not equals or not all(keys):
         raise ConfigError(
             f"override '{override}': write it as section.field=value, for example train.num_steps=100"
         )
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"override '{override}': '{text}' is not YAML: {' '.join(str(error).split())}"
-        ) from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"override '{override}': '{text}' is not YAML: {_one_line(error)}") from None
     node = tree
     for key in keys[:-1]:
         if node.get(key) is None:
@@ -126,39 +127,59 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     node[keys[-1]] = value
 
 
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def _report(source: str, problems: Sequence[str]) -> str:
     noun = "field" if len(problems) == 1 else "fields"
     return "\n".join([f"{source}: {len(problems)} bad {noun}", *(f"  {p}" for p in problems)])
 
 
 def _explain(error: Any) -> str:
+    """One line on one of pydantic's errors, without its jargon."""
     location = [str(part) for part in error["loc"]]
-    if location and location[0] == "lr_schedule" and len(location) > 1:
-        del location[1]  # pydantic names the union's branch; the recipe does not
-    name = ".".join(location) or "recipe"
+    sections = _sections_at(location)
+    if len(location) > 1 and location[1] in _kinds(location[0]):
+        del location[1]  # pydantic names the branch of a union; the recipe does not
+    name = ".".join(location)
     match error["type"]:
         case "unexpected_keyword_argument":
-            close = difflib.get_close_matches(location[-1], list(_field_names(location[:-1], error)), n=1)
-            hint = (
-                f"; did you mean '{close[0]}'?" if close else "; remove it, or see show-config for the fields"
-            )
-            return f"{name}: no such field{hint}"
+            known = [f.name for s in sections for f in dataclasses.fields(s)]
+            close = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.65)
+            cure = f"did you mean '{close[0]}'?" if close else f"remove it (there are {', '.join(known)})"
+            return f"{name}: no such field; {cure}"
         case "missing" | "missing_argument":
             return f"{name}: required, and has no default; add it"
-        case "dataclass_type":
+        case "dataclass_type" | "model_attributes_type":
             return f"{name}: must be a section of fields (got {error['input']!r})"
+        case "union_tag_not_found":
+            return f"{name}.kind: required; choose {_either(_kinds(name))}"
+        case "union_tag_invalid":
+            return f"{name}.kind: Input should be {_either(_kinds(name))} (got {error['input']['kind']!r})"
         case _:
             return f"{name}: {error['msg']} (got {error['input']!r})"
 
 
-def _field_names(location: Sequence[str], error: Any) -> Iterator[str]:
-    """Field names of the section at `location`; of a union, of all its members."""
+def _sections_at(location: Sequence[str]) -> list[Any]:
+    """The section that holds the field at `location`, pydantic's names of union branches included."""
     sections: list[Any] = [RunConfig]
-    for key in location:
+    for key in location[:-1]:
         hints = [typing.get_type_hints(s).get(key) for s in sections]
-        sections = [member for hint in hints for member in _dataclasses_in(hint)]
-    for s in sections:
-        yield from (f.name for f in dataclasses.fields(s))
+        inner = [member for hint in hints for member in _dataclasses_in(hint)]
+        sections = inner or [s for s in sections if _kind_of(s) == key] or sections
+    return sections
+
+
+def _kinds(name: str) -> list[str]:
+    """The kinds of the union section `name`; none where it is no union."""
+    hint = typing.get_type_hints(RunConfig).get(name)
+    return [kind for member in _dataclasses_in(hint) if (kind := _kind_of(member)) is not None]
+
+
+def _kind_of(section: Any) -> str | None:
+    options = typing.get_args(typing.get_type_hints(section).get("kind"))
+    return options[0] if options else None
 
 
 def _dataclasses_in(hint: Any) -> Iterator[Any]:
@@ -167,3 +188,8 @@ def _dataclasses_in(hint: Any) -> Iterator[Any]:
     elif isinstance(hint, types.UnionType) or typing.get_origin(hint) is not None:
         for argument in typing.get_args(hint):
             yield from _dataclasses_in(argument)
+
+
+def _either(words: Sequence[str]) -> str:
+    quoted = [f"'{word}'" for word in words]
+    return " or ".join([", ".join(quoted[:-1]), quoted[-1]])

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xdlm_megatron.config.derive import kv_channels, num_query_groups
-from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.config.schema import RunConfig, WsdLr
 
-# Fields of TransformerConfig that a recipe must not set by the back door: other knobs own them, or the model
-# would no longer be the bidirectional denoiser that the loss assumes.
+# Fields of TransformerConfig that a recipe must not set by the back door: another knob owns them, ...
 OWNED_MCORE_FIELDS = {
     "num_layers": "model.num_layers",
     "hidden_size": "model.hidden_size",
@@ -29,13 +28,18 @@ OWNED_MCORE_FIELDS = {
     "pipeline_dtype": "precision.dtype",
     "bf16": "precision.dtype",
     "fp16": "precision.dtype",
-    "calculate_per_token_loss": "none: losses are sums and counts here",
-    "gated_linear_unit": "none: the model is SwiGLU",
-    "activation_func": "none: the model is SwiGLU",
-    "normalization": "none: the model uses RMSNorm",
-    "add_bias_linear": "none: the model has no biases",
-    "context_parallel_size": "none: context parallelism is not supported yet",
-    "num_moe_experts": "none: experts are not supported yet",
+}
+
+# ... or the loss, the parameter count and the checkpoints assume their value.
+FIXED_MCORE_FIELDS = {
+    "calculate_per_token_loss": "losses are sums and counts here",
+    "gated_linear_unit": "the model is SwiGLU",
+    "activation_func": "the model is SwiGLU",
+    "normalization": "the model uses RMSNorm",
+    "add_bias_linear": "the model has no biases",
+    "context_parallel_size": "context parallelism is not supported yet",
+    "num_moe_experts": "experts are not supported yet",
+    "expert_model_parallel_size": "experts are not supported yet",
 }
 
 
@@ -46,20 +50,25 @@ def find_contradictions(config: RunConfig) -> list[str]:
 
 def _model_contradictions(config: RunConfig) -> Iterator[str]:
     model = config.model
-    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+    width = f"model.hidden_size={model.hidden_size}"
+    heads = f"model.num_attention_heads={model.num_attention_heads}"
+    if model.kv_channels is not None:
+        if model.kv_channels % 2:
+            yield f"model.kv_channels={model.kv_channels} must be even for rotary embeddings; make it even"
+    elif model.hidden_size % model.num_attention_heads:
+        yield f"{width} must be a multiple of {heads}; change one, or set model.kv_channels"
+    elif kv_channels(config) % 2:
         yield (
-            f"model.hidden_size={model.hidden_size} must be a multiple of model.num_attention_heads="
-            f"{model.num_attention_heads}; change one, or set model.kv_channels"
+            f"{width} over {heads} gives heads of width {kv_channels(config)}, which must be even for rotary "
+            "embeddings; change one, or set model.kv_channels"
         )
-    if kv_channels(config) % 2:
-        yield f"model.kv_channels={kv_channels(config)} must be even for rotary embeddings; make it even"
     if model.num_attention_heads % num_query_groups(config):
-        yield (
-            f"model.num_attention_heads={model.num_attention_heads} must be a multiple of "
-            f"model.num_query_groups={model.num_query_groups}; change one of them"
-        )
-    for name in sorted(model.mcore.keys() & OWNED_MCORE_FIELDS.keys()):
-        yield f"model.mcore.{name}: this field is set elsewhere; the knob is {OWNED_MCORE_FIELDS[name]}"
+        yield f"{heads} must be a multiple of model.num_query_groups={model.num_query_groups}; change one"
+    for name in model.mcore:
+        if name in OWNED_MCORE_FIELDS:
+            yield f"model.mcore.{name}: cannot be set here; set {OWNED_MCORE_FIELDS[name]}"
+        if name in FIXED_MCORE_FIELDS:
+            yield f"model.mcore.{name}: cannot be set, {FIXED_MCORE_FIELDS[name]}; remove it"
     if config.data.mask_id >= config.data.vocab_size:
         yield (
             f"data.mask_id={config.data.mask_id} must be below data.vocab_size={config.data.vocab_size}, "
@@ -70,17 +79,16 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
 def _parallel_contradictions(config: RunConfig) -> Iterator[str]:
     parallel, model = config.parallel, config.model
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    for name, value in (
-        ("model.num_query_groups", num_query_groups(config)),
-        ("model.ffn_hidden_size", model.ffn_hidden_size),
-    ):
-        if value % tp:
-            yield f"{name}={value} must be a multiple of parallel.tensor_model_parallel_size={tp}; change one of them"
+    tp_knob = f"parallel.tensor_model_parallel_size={tp}"
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        value = getattr(model, name)
+        if value is not None and value % tp:
+            yield f"model.{name}={value} must be a multiple of {tp_knob}; change one of them"
     vpp = parallel.virtual_pipeline_model_parallel_size
     if vpp and pp == 1:
         yield (
-            f"parallel.virtual_pipeline_model_parallel_size={vpp} needs parallel.pipeline_model_parallel_size > 1; "
-            "remove it or add stages"
+            f"parallel.virtual_pipeline_model_parallel_size={vpp} has no effect at "
+            "parallel.pipeline_model_parallel_size=1; remove it or add stages"
         )
     chunks = pp * (vpp or 1)
     if model.num_layers % chunks:
@@ -89,29 +97,23 @@ def _parallel_contradictions(config: RunConfig) -> Iterator[str]:
             f"(parallel.pipeline_model_parallel_size={pp} times virtual {vpp or 1}); change one of them"
         )
     if parallel.sequence_parallel and tp == 1:
-        yield (
-            "parallel.sequence_parallel=true has no effect at parallel.tensor_model_parallel_size=1; "
-            "turn it off or use tensor parallelism"
-        )
+        yield f"parallel.sequence_parallel=true has no effect at {tp_knob}; turn it off or split tensors"
     if parallel.sequence_parallel and config.data.seq_length % tp:
         yield (
-            f"data.seq_length={config.data.seq_length} must be a multiple of parallel.tensor_model_parallel_size={tp} "
-            "with parallel.sequence_parallel; change one of them"
+            f"data.seq_length={config.data.seq_length} must be a multiple of {tp_knob} with "
+            "parallel.sequence_parallel=true; change one of them"
         )
 
 
 def _run_contradictions(config: RunConfig) -> Iterator[str]:
     schedule, train = config.lr_schedule, config.train
-    if schedule.warmup_steps >= train.num_steps and schedule.warmup_steps:
+    steps = f"train.num_steps={train.num_steps}"
+    if schedule.warmup_steps >= train.num_steps:
+        yield f"lr_schedule.warmup_steps={schedule.warmup_steps} must be below {steps}; shorten the warm-up"
+    elif isinstance(schedule, WsdLr) and schedule.warmup_steps + schedule.decay_steps > train.num_steps:
         yield (
-            f"lr_schedule.warmup_steps={schedule.warmup_steps} must be below train.num_steps={train.num_steps}; "
-            "shorten the warm-up"
-        )
-    decay = getattr(schedule, "decay_steps", 0)
-    if schedule.warmup_steps + decay > train.num_steps:
-        yield (
-            f"lr_schedule.warmup_steps + decay_steps = {schedule.warmup_steps + decay} exceeds "
-            f"train.num_steps={train.num_steps}; shorten one of them"
+            f"lr_schedule.warmup_steps={schedule.warmup_steps} and lr_schedule.decay_steps="
+            f"{schedule.decay_steps} together exceed {steps}; shorten one of them"
         )
     min_lr = getattr(schedule, "min_lr", 0.0)
     if min_lr > config.optimizer.lr:
@@ -122,10 +124,7 @@ def _run_contradictions(config: RunConfig) -> Iterator[str]:
             f"train.micro_batch_size={train.micro_batch_size}; change one of them"
         )
     if train.stop_after_step and train.stop_after_step >= train.num_steps:
-        yield (
-            f"train.stop_after_step={train.stop_after_step} has no effect at train.num_steps={train.num_steps}; "
-            "remove it"
-        )
+        yield f"train.stop_after_step={train.stop_after_step} has no effect at {steps}; remove it"
     uri = config.tracking.mlflow
     if uri is not None and uri != "local" and not uri.startswith(("http://", "https://")):
         yield f"tracking.mlflow={uri!r} must be 'local', an http(s) URI or null; correct it"

@@ -14,13 +14,17 @@ from pydantic.dataclasses import dataclass as section
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Probability = Annotated[float, Field(ge=0, lt=1)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+# Strict: no number from a string or a flag, no whole number from 4.0; a whole number does for a float.
+PositiveInt = Annotated[int, Field(ge=1, strict=True)]
+NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
+AtLeastTwo = Annotated[int, Field(ge=2, strict=True)]
+PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
+NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
+SmallFraction = Annotated[float, Field(gt=0, lt=0.5, strict=True)]
+Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
+Flag = Annotated[bool, Field(strict=True)]
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
@@ -39,9 +43,9 @@ class Diffusion:
     """Share of the noise that is uniform over the vocabulary (the paper's k): 0 is MDLM, 1 is UDLM."""
     schedule: Literal["loglinear", "cosine", "snr"] = "loglinear"
     """alpha(t): log-linear as in the paper (linear alpha), cosine, or snr/(snr+1) with log-linear snr."""
-    alpha_min: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    alpha_min: SmallFraction = 1e-3
     """Floor of alpha at t = 1 (the paper's 1e-3)."""
-    t_min: Annotated[float, Field(gt=0, lt=0.5)] = 1e-3
+    t_min: SmallFraction = 1e-3
     """Training and evaluation draw t from (t_min, 1) (the paper's 1e-3)."""
 
 
@@ -59,9 +63,9 @@ class Model:
     """Key/value heads (GQA); None: as many as query heads."""
     kv_channels: PositiveInt | None = None
     """Width of a head; None: hidden_size / num_attention_heads."""
-    qk_layernorm: bool = True
+    qk_layernorm: Flag = True
     """RMSNorm on queries and keys."""
-    share_embeddings_and_output_weights: bool = False
+    share_embeddings_and_output_weights: Flag = False
     """Tie the output head to the embedding."""
     rotary_base: PositiveInt = 10_000
     """Base of the rotary position embedding."""
@@ -73,7 +77,7 @@ class Model:
     """Dropout on attention weights."""
     init_method_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
-    zero_init_head: bool = True
+    zero_init_head: Flag = True
     """Start from the uniform predictor (loss log(V-1)), as the paper does; no effect on a tied head."""
     mcore: dict[str, Any] = field(default_factory=dict)
     """Further fields passed verbatim to Megatron-Core's TransformerConfig; names are checked there."""
@@ -85,9 +89,9 @@ class Parallel:
     """Processes that share each layer's matrices."""
     pipeline_model_parallel_size: PositiveInt = 1
     """Processes that share the depth."""
-    virtual_pipeline_model_parallel_size: Annotated[int, Field(ge=2)] | None = None
+    virtual_pipeline_model_parallel_size: AtLeastTwo | None = None
     """Model chunks per pipeline stage (interleaved schedule)."""
-    sequence_parallel: bool = False
+    sequence_parallel: Flag = False
     """Split norms and residuals along the sequence over the tensor-parallel group."""
     distributed_timeout_minutes: PositiveFloat = 10.0
     """A collective that waits longer ends the job."""
@@ -109,7 +113,7 @@ class Data:
     """SentencePiece .model or Hugging Face tokenizer.json."""
     seq_length: PositiveInt
     """Tokens in a sample."""
-    vocab_size: Annotated[int, Field(ge=2)]
+    vocab_size: AtLeastTwo
     """Number of states, the mask token counted."""
     mask_id: NonNegativeInt
     """Id of the mask token."""
@@ -131,7 +135,7 @@ class Optimizer:
     """Decoupled weight decay (matrices only: norms are exempt)."""
     clip_grad: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0 turns clipping off."""
-    use_distributed_optimizer: bool = True
+    use_distributed_optimizer: Flag = True
     """Shard optimizer state and EMA over the data-parallel group."""
     ema_decay: Probability = 0.9999
     """Decay of the averaged weights, ramped as min(decay, (1+n)/(10+n)); 0 turns them off."""
