@@ -11,8 +11,9 @@ from torch.optim.adamw import adamw
 class GroupStepAdamW(torch.optim.Optimizer):
     """AdamW that counts its step in the parameter group and keeps only exp_avg and exp_avg_sq per parameter.
 
-    That is the layout that Megatron-Core's distributed optimizer saves and loads. The arguments are FusedAdam's
-    that Megatron-Core passes; decoupled weight decay and bias correction are the only modes it asks for here.
+    That is the layout that Megatron-Core's distributed optimizer saves and loads. The arguments are
+    FusedAdam's that Megatron-Core passes; decoupled weight decay and bias correction are the only modes it
+    asks for here.
     """
 
     def __init__(
@@ -26,7 +27,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         **_: Any,
     ) -> None:
         if not adam_w_mode:
-            raise ValueError("adam_w_mode=False must be True: only decoupled weight decay is offered; leave it out")
+            raise ValueError(
+                "adam_w_mode=False must be True: only decoupled weight decay is offered; leave it out"
+            )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

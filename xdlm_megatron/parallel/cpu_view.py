@@ -1,9 +1,9 @@
 """Megatron-Core on a machine without CUDA: each of its modules gets its own view of the name `torch`.
 
 Some 400 places in megatron.core say `device="cuda"`, `torch.cuda.current_device()` and the like. In the view,
-`cuda` is a null device and tensor factories read "cuda" as "cpu". Nothing outside megatron.core sees it, except
-two Tensor methods that only raise or mislead on such a machine: `Tensor.cuda()` becomes the identity, and
-`Tensor.type()` answers CUDA's type names to megatron.core.optimizer, which compares them.
+`cuda` is a null device and tensor factories read "cuda" as "cpu". Nothing outside megatron.core sees it,
+except two Tensor methods that only raise or mislead on such a machine: `Tensor.cuda()` becomes the identity,
+and `Tensor.type()` answers CUDA's type names to megatron.core.optimizer, which compares them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import torch
 
 PACKAGE = "megatron.core"
 _CPU = torch.device("cpu")
-_FACTORIES = "empty empty_like zeros zeros_like ones ones_like full full_like tensor arange rand randn eye".split()
+_FACTORIES = (
+    "empty empty_like zeros zeros_like ones ones_like full full_like tensor arange rand randn eye".split()
+)
 
 
 class _View:
@@ -112,7 +114,7 @@ def torch_view() -> _View:
 
 @contextlib.contextmanager
 def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """RNG tracker's fork without its check that the CPU state stays put: here that is the state that forks."""
+    """RNG tracker's fork, less its check that the CPU state stays put: here that is the state that forks."""
     if name not in self.states_:
         raise KeyError(f"rng state {name} is not added")
     before = torch.get_rng_state()
@@ -132,7 +134,9 @@ def _rebind(module: ModuleType) -> None:
         names = module.__dict__
         names["_get_cuda_rng_state"] = _get_rng_state
         names["_set_cuda_rng_state"] = _set_rng_state
-        names["CudaRNGStatesTracker"] = type("CpuRNGStatesTracker", (names["CudaRNGStatesTracker"],), {"fork": _fork})
+        names["CudaRNGStatesTracker"] = type(
+            "CpuRNGStatesTracker", (names["CudaRNGStatesTracker"],), {"fork": _fork}
+        )
 
 
 class _RebindingFinder:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from xdlm_megatron.config.derive import data_parallel_size
+
 
 @dataclass(frozen=True)
 class Mesh:
@@ -84,6 +86,9 @@ def open_mesh(
     """Starts torch.distributed (NCCL with CUDA, gloo without) and Megatron's groups; closes them at the end.
 
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them this is a world of one.
+
+    Raises:
+        ValueError: the sizes do not fit the world.
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -99,6 +104,7 @@ def open_mesh(
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
     try:
+        data_parallel_size(dist.get_world_size(), tensor_model_parallel_size, pipeline_model_parallel_size)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size,
             pipeline_model_parallel_size,

@@ -1,5 +1,7 @@
-"""Every patch of Megatron-Core, with its reason and the versions it was needed for. Applied once, on import of
-`xdlm_megatron.parallel`. Each has a test in tests/unit/parallel that fails once upstream makes it needless.
+"""Every patch of Megatron-Core, with its reason and the versions it was needed for.
+
+Applied once, on import of `xdlm_megatron.parallel`. Each has a test in tests/unit/parallel/test_patches.py
+that fails once upstream makes it needless.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def _use_group_step_adam() -> None:
 PATCHES = (
     Patch(
         name="import-without-compile",
-        reason="without CUDA, @torch.compile costs seconds at import and its kernels need a compiler at run time",
+        reason="without CUDA, @torch.compile costs seconds at import and needs a compiler at run time",
         versions=">=0.16,<0.20",
         needed=_no_cuda,
         apply=_import_without_compile,
@@ -81,7 +83,7 @@ PATCHES = (
     ),
     Patch(
         name="group-step-adam",
-        reason="DistributedOptimizer cannot load a checkpoint into torch's AdamW (a step tensor per parameter)",
+        reason="DistributedOptimizer cannot load a checkpoint into torch's AdamW, which has no group step",
         versions=">=0.16,<0.20",
         needed=_uses_torch_adam,
         apply=_use_group_step_adam,
