@@ -16,8 +16,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class SDPAttention(MegatronModule):
     """Megatron-Core's `core_attention`: full attention, grouped queries, on CPU and CUDA.
 
-    Upstream's local DotProductAttention keeps the [B, N, S, S] scores; flash or memory-efficient kernels behind
-    SDPA do not.
+    Upstream's local DotProductAttention keeps the [B, N, S, S] scores; the flash or memory-efficient kernels
+    behind SDPA do not (on a CPU, attention dropout still makes them).
     """
 
     def __init__(
@@ -44,7 +44,9 @@ class SDPAttention(MegatronModule):
     ) -> torch.Tensor:
         """Returns [S, B, N * D], in the queries' dtype."""
         if attention_mask is not None:
-            raise ValueError("attention_mask must be None: attention is full here; pack whole sequences instead")
+            raise ValueError(
+                "attention_mask must be None: attention is full here; pack whole sequences instead"
+            )
         S, B, N, D = query_SBND.shape
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         grouped = key.shape[1] != N

@@ -17,13 +17,25 @@ from xdlm_megatron.model.transformer_config import build_transformer_config
 from xdlm_megatron.parallel.mesh import Mesh, seed_model_parallel_rng
 
 
+class HalfPrecision(Float16Module):
+    """Upstream's wrapper, whose logits stay in the model's precision.
+
+    It would make a float32 copy of them, the largest tensor of a step; the loss computes in float32 anyway.
+    """
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(*inputs, fp32_output=False)
+
+
 def build_model(config: RunConfig, mesh: Mesh) -> list[MegatronModule]:
-    """This process's pipeline chunks, initialised, in the recipe's precision; not yet wrapped for training."""
+    """This process's pipeline chunks, initialised, in the recipe's precision; not wrapped for training."""
     transformer = build_transformer_config(config.model, config.parallel, config.precision)
-    seed_model_parallel_rng(config.run.seed)  # upstream's constructors draw; init_weights replaces what they drew
+    seed_model_parallel_rng(
+        config.run.seed
+    )  # upstream's constructors draw; init_weights replaces what they drew
     chunks = [_build_chunk(config, transformer, mesh, index) for index in range(mesh.num_chunks)]
     if transformer.bf16:
-        return [Float16Module(transformer, chunk) for chunk in chunks]
+        return [HalfPrecision(transformer, chunk) for chunk in chunks]
     return list(chunks)
 
 

@@ -21,8 +21,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 class DiffusionLM(LanguageModule):
     """z_t -> logits of x_0, with full attention and no time input (the paper feeds a constant).
 
-    One pipeline chunk of it: the first has the embedding, the last the final norm and the head. The loss is not
-    in here.
+    One pipeline chunk of it: the first has the embedding, the last the final norm and the head. The loss is
+    not in here.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class DiffusionLM(LanguageModule):
         return state
 
     def forward(self, zt_BS: torch.Tensor) -> torch.Tensor:
-        """Logits [S, B, P] on the last stage, hidden states [S, B, H] elsewhere (S / tp with sequence parallel).
+        """Logits [S, B, P] on the last stage, hidden [S, B, H] elsewhere (S / tp with sequence parallel).
 
         Args:
             zt_BS: noisy token ids, int64; only its shape is read after the first stage.

@@ -16,8 +16,8 @@ from xdlm_megatron.model.attention import SDPAttention
 class RMSNorm(torch.nn.RMSNorm):
     """torch's RMSNorm with Megatron-Core's constructor.
 
-    Upstream's WrappedTorchNorm refuses sequence parallelism; all that takes is the mark on the weight by which
-    finalize_model_grads sums its gradient over the tensor-parallel group.
+    Upstream's WrappedTorchNorm refuses sequence parallelism; all that takes is the mark on the weight by
+    which finalize_model_grads sums its gradient over the tensor-parallel group.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:

@@ -17,7 +17,7 @@ def build_transformer_config(model: Model, parallel: Parallel, precision: Precis
     """The configuration of a bidirectional RMSNorm / SwiGLU / RoPE transformer.
 
     Raises:
-        ValueError: `model.mcore` names a field that TransformerConfig does not have, or holds a value it refuses.
+        ValueError: `model.mcore` names a field unknown to TransformerConfig, or a value it refuses.
     """
     known = [f.name for f in dataclasses.fields(TransformerConfig)]
     for name in model.mcore:
@@ -60,4 +60,6 @@ def build_transformer_config(model: Model, parallel: Parallel, precision: Precis
     try:
         return TransformerConfig(**{**fields, **model.mcore})
     except (TypeError, ValueError, AssertionError) as error:
-        raise ValueError(f"model: megatron-core refuses this transformer: {error}; change the field it names") from error
+        raise ValueError(
+            f"model: megatron-core refuses this transformer: {error}; change the field it names"
+        ) from error
