@@ -1,4 +1,4 @@
-"""What a checkpoint holds: one nested dict of sharded tensors and plain values, for saving and for loading."""
+"""What a checkpoint holds: one nested dict of sharded tensors and plain values, saved and loaded."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Initial weights as a function of (seed, name, layer, position): the same under every layout.
 
 Upstream draws them from a generator in the order in which a process builds its modules, so another layout
-starts from another model. Here the sharding metadata that checkpoints use says which slice of the whole matrix this
-process holds; the whole matrix is drawn on the CPU from its own seed and the slice is copied.
+starts from another model. Here the sharding metadata that checkpoints use says which slice of the whole
+matrix this process holds; the whole matrix is drawn on the CPU from its own seed and the slice is copied.
 """
 
 from __future__ import annotations

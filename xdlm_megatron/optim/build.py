@@ -36,7 +36,7 @@ def build_optimizer(
     return get_megatron_optimizer(
         config,
         chunks,
-        config_overrides=get_standard_config_overrides(config),  # no weight decay on norms
+        config_overrides=get_standard_config_overrides(config),  # norms: weight decay times 0
         use_gloo_process_groups=False,
         pg_collection=mesh.groups,
     )
@@ -45,7 +45,12 @@ def build_optimizer(
 def build_lr_schedule(
     schedule: LrSchedule, section: Optimizer, num_steps: int, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:
-    """Megatron's scheduler, counted in optimizer steps."""
+    """Megatron's scheduler, counted in optimizer steps.
+
+    Update n, counted from 0, takes the rate of step n: with a warm-up the first update's rate is 0, and the
+    last one stops a step short of the schedule's end. It also exempts the norms from weight decay, by the
+    multipliers that `build_optimizer` gave their groups.
+    """
     is_wsd = isinstance(schedule, WsdLr)
     return OptimizerParamScheduler(
         optimizer,

@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights, float32, sharded exactly as the optimizer shards its master weights."""
+"""Exponential moving average of the weights, float32, sharded as the optimizer shards its master weights."""
 
 from __future__ import annotations
 
