@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 TIMEOUT_SECONDS = 240
@@ -56,15 +58,21 @@ def launch(
     return done.stdout
 
 
-def launch_and_kill(num_processes: int, recipe: Path, metrics: Path, after_step: int, how: signal.Signals) -> str:
+def launch_and_kill(
+    num_processes: int,
+    recipe: Path,
+    arguments: Sequence[str],
+    metrics: Path,
+    after_step: int,
+    how: signal.Signals,
+) -> str:
     """Starts training and sends `how` to every process once `after_step` is logged; returns the output."""
     process = subprocess.Popen(
-        command(num_processes, "train", recipe, (), ("-m", "xdlm_megatron")),
+        command(num_processes, "train", recipe, arguments, ("-m", "xdlm_megatron")),
         env=environment(),
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        start_new_session=True,
     )
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
@@ -72,11 +80,22 @@ def launch_and_kill(num_processes: int, recipe: Path, metrics: Path, after_step:
             assert process.poll() is None, process.communicate()[0][-6000:]
             assert time.monotonic() < deadline, "the run did not get to the step in time"
             time.sleep(0.02)
-        os.killpg(process.pid, how)
+        if how is signal.SIGKILL:
+            kill_tree(process.pid)
+        else:
+            process.send_signal(how)  # torchrun passes it on, as under Slurm
         return process.communicate(timeout=TIMEOUT_SECONDS)[0]
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+            kill_tree(process.pid)
+
+
+def kill_tree(pid: int) -> None:
+    """kill -9 for the launcher, the ranks (each in a session of its own) and their children."""
+    launcher = psutil.Process(pid)
+    for process in [*launcher.children(recursive=True), launcher]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def last_step(metrics: Path) -> int:

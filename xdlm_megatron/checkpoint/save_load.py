@@ -1,9 +1,9 @@
 """Checkpoints on disk: written aside, flushed, published by a rename; `latest` moves last.
 
-    checkpoints/
-      latest              name of the newest whole checkpoint
-      step_00000500/      Megatron's torch_dist format
-      step_00001000.tmp/  being written, or left by an interruption; never read
+checkpoints/
+  latest              name of the newest whole checkpoint
+  step_00000500/      Megatron's torch_dist format
+  step_00001000.tmp/  being written, or left by an interruption; never read
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +43,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], mesh: Mesh, 
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
     mesh.barrier()
-    dist_checkpointing.save(state, str(aside), ("torch_dist", 1), content_metadata=FORMAT)
+    with _signals_wait():
+        dist_checkpointing.save(state, str(aside), ("torch_dist", 1), content_metadata=FORMAT)
     mesh.barrier()
     if mesh.is_main:
         shutil.rmtree(final, ignore_errors=True)
@@ -74,7 +79,9 @@ def step_of(path: Path) -> int:
     """The step that a checkpoint folder's name tells."""
     match = _NAME.fullmatch(path.name)
     if match is None:
-        raise CheckpointError(f"{path} is not a checkpoint; its name must be step_ and the step, as in step_00001000")
+        raise CheckpointError(
+            f"{path} is not a checkpoint; its name must be step_ and the step, as in step_00001000"
+        )
     return int(match[1])
 
 
@@ -90,8 +97,23 @@ def find_latest(folder: Path) -> Path | None:
     path = folder / pointer.read_text().strip()
     if not path.is_dir():
         others = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
-        raise CheckpointError(f"{pointer} names {path.name}, which is not there (there: {others}); correct the file")
+        raise CheckpointError(
+            f"{pointer} names {path.name}, which is not there (there: {others}); correct the file"
+        )
     return path
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Holds stop signals back. torchrun sends them to the whole process group, and Megatron writes through
+    helper processes, which inherit this mask: otherwise the signal that asks for a save would kill its writers.
+    """
+    resource_tracker.ensure_running()  # starting a helper would start it first, and that lifts the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _point_latest(folder: Path, name: str) -> None:

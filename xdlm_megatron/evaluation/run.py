@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from xdlm_megatron.evaluation.generation import SampleOptions, Samples, build_de
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, NelboResult
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
-from xdlm_megatron.evaluation.trace import render_trace
+from xdlm_megatron.evaluation.trace import print_trace
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh
 
@@ -114,16 +113,12 @@ def _report_evaluation(
 def _report_samples(tokenizer: Tokenizer, options: SampleOptions, samples: Samples, title: str) -> None:
     print(f"{title}: {options.num_steps} steps, {samples.num_function_evaluations} network calls")
     if options.trace_frames:
-        frames = [(t, ids.cpu().numpy()) for t, ids in samples.snapshots]
-        print(
-            render_trace(
-                [ids for _, ids in frames],
-                [t for t, _ in frames],
-                tokenizer.token_strings,
-                tokenizer.mask_id,
-                max_frames=options.trace_frames,
-                color=sys.stdout.isatty(),
-            )
+        print_trace(
+            [ids.cpu().numpy() for _, ids in samples.snapshots],
+            [t for t, _ in samples.snapshots],
+            tokenizer.token_strings,
+            tokenizer.mask_id,
+            max_frames=options.trace_frames,
         )
     for index, ids in enumerate(samples.ids.cpu().numpy()):
         print(f"--- sample {index + 1}: unigram entropy {unigram_entropy(ids):.3f} nats per token")
