@@ -57,7 +57,11 @@ def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSample
 
 
 def _noised(
-    config: RunConfig, dataset: PackedDataset, rows: Rows, streams: tuple[Stream, Stream], device: torch.device
+    config: RunConfig,
+    dataset: PackedDataset,
+    rows: Rows,
+    streams: tuple[Stream, Stream],
+    device: torch.device,
 ) -> NoisedSamples:
     return NoisedSamples(
         dataset=dataset,
@@ -78,10 +82,14 @@ def _check_vocabulary(data: Data, prefix: str) -> None:
         ("data.mask_id", data.mask_id, manifest.mask_id),
     ):
         if given != found:
-            raise DataError(f"{knob}={given} must be {found}, as {prefix}.json says; correct the recipe or the prefix")
+            raise DataError(
+                f"{knob}={given} must be {found}, as {prefix}.json says; correct the recipe or the prefix"
+            )
     tokenizer = Path(data.tokenizer)
     if not tokenizer.is_file():
-        raise DataError(f"data.tokenizer={data.tokenizer}: no such file; give the tokenizer that made {prefix}")
+        raise DataError(
+            f"data.tokenizer={data.tokenizer}: no such file; give the tokenizer that made {prefix}"
+        )
     if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != manifest.tokenizer_sha256:
         raise DataError(
             f"data.tokenizer={data.tokenizer} is not the file that made {prefix} ({manifest.tokenizer}); "
