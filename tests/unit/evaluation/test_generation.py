@@ -1,0 +1,123 @@
+"""Sampling: what a prompt, a seed and the number of samples may and may not change."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.unit.model.small import small_config
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.evaluation.generation import SampleOptions, Samples, build_denoiser, generate
+from xdlm_megatron.model.build import build_model
+from xdlm_megatron.parallel.mesh import Mesh
+
+V, MASK, S = 20, 19, 15
+PROMPT = [3, 1, 4, 1]
+
+
+class Neighbours:
+    """Logits of a position from its own token and the one on its left; counts its calls."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.own, self.left = (torch.randn(V, V, generator=generator) * 0.7 for _ in range(2))
+        self.calls = 0
+        self.seen: list[Tensor] = []
+
+    def __call__(self, zt_BS: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen.append(zt_BS.clone())
+        return self.own[zt_BS] + self.left[zt_BS.roll(1, dims=1)]
+
+
+def run(
+    denoise: Callable[[Tensor], Tensor], prompt: list[int] = PROMPT, ratio: float = 0.3, **options: Any
+) -> Samples:
+    chosen = SampleOptions(**{"num_steps": 8, "num_samples": 3, **options})
+    noise = StationaryNoise(ratio, V, MASK)
+    return generate(denoise, chosen, noise, LogLinear(), S, prompt, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("final", ["ancestral", "greedy", "none"])
+@pytest.mark.parametrize("ratio", [0.0, 0.3, 1.0])
+def test_the_prompt_never_changes(final: str, ratio: float) -> None:
+    denoise = Neighbours()
+    samples = run(denoise, ratio=ratio, final=final)
+    assert samples.ids.shape == (3, S)
+    for ids in [samples.ids, *denoise.seen, *(ids[None] for _, ids in samples.snapshots)]:
+        assert (ids[:, : len(PROMPT)] == torch.tensor(PROMPT)).all()
+    free = samples.ids[:, len(PROMPT) :]
+    assert len(free.unique()) > 5
+    if final != "none":
+        assert (free != MASK).all()
+
+
+@pytest.mark.parametrize(("final", "extra"), [("ancestral", 1), ("greedy", 1), ("none", 0)])
+def test_function_evaluations_are_counted(final: str, extra: int) -> None:
+    denoise = Neighbours()
+    samples = run(denoise, final=final)
+    assert samples.num_function_evaluations == denoise.calls == 8 + extra
+    times = [t for t, _ in samples.snapshots]
+    assert len(times) == denoise.calls + 1
+    assert times[0] == 1.0
+    assert times == sorted(times, reverse=True)
+    assert torch.equal(samples.snapshots[0][1], denoise.seen[0][0])
+    assert torch.equal(samples.snapshots[-1][1], samples.ids[0])
+
+
+def test_the_seed_decides() -> None:
+    first = run(Neighbours(), seed=5).ids
+    torch.manual_seed(123)  # no generator matters
+    assert torch.equal(run(Neighbours(), seed=5).ids, first)
+    other = run(Neighbours(), seed=6).ids
+    assert (other[:, len(PROMPT) :] != first[:, len(PROMPT) :]).float().mean() > 0.3
+
+
+def test_a_sample_does_not_depend_on_the_others() -> None:
+    one, three = run(Neighbours(), num_samples=1).ids, run(Neighbours(), num_samples=3).ids
+    assert torch.equal(one[0], three[0])
+    assert not torch.equal(three[1], three[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "prompt", "message"),
+    [
+        ({"num_samples": 0}, [], "--num-samples 0 must be >= 1"),
+        ({}, [1] * S, f"the prompt has {S} tokens and data.seq_length is {S}; shorten it"),
+        ({"num_steps": 0}, [], "num_steps=0 must be at least 1"),
+        ({"temperature": 0.0}, [], "temperature=0.0 must be positive"),
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict, prompt: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Neighbours(), prompt, **options)
+
+
+def test_defaults_are_free_of_surprises() -> None:
+    """The law itself: neither temperature nor nucleus, and the noise removed at the end."""
+    options = dataclasses.asdict(SampleOptions())
+    assert (options["temperature"], options["top_p"], options["final"]) == (1.0, 1.0, "ancestral")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_denoiser_gives_the_models_logits(dtype: str, mesh: Mesh) -> None:
+    """Without dropout and padding, [B, S, V], float32."""
+    config = small_config(model={"zero_init_head": False, "hidden_dropout": 0.5}, precision={"dtype": dtype})
+    chunks = build_model(config, mesh)
+    denoise = build_denoiser(chunks, mesh, config.data.vocab_size)
+    zt_BS = torch.arange(36).view(3, 12)
+    logits_BSV = denoise(zt_BS)
+    assert not chunks[0].training
+    with torch.no_grad():
+        expected = chunks[0](zt_BS).transpose(0, 1)
+    assert expected.shape == (3, 12, 48)
+    assert logits_BSV.shape == (3, 12, 45)
+    assert logits_BSV.dtype is torch.float32
+    assert torch.equal(logits_BSV, expected[..., :45].float())
+    assert not logits_BSV.requires_grad
