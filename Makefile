@@ -1,0 +1,52 @@
+# Every command of this project. `make quickstart` and `make test` set up all they need on a fresh machine.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS ?= constraints/cpu.txt
+
+.PHONY: help quickstart test check test-unit test-distributed bench ui clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+quickstart: $(VENV)/.installed  ## tokenize the bundled plays, train a small XDLM, evaluate, sample, plot
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/quickstart.sh
+
+test: check test-unit test-distributed  ## everything that CI runs
+
+check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, recipes: seconds
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+	@for recipe in examples/*.yaml; do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
+
+test-unit: $(VENV)/.installed-dev  ## proofs of the maths and unit tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed"
+
+test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
+	$(BIN)/python -m pytest -m distributed
+
+bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
+
+ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:5000
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[ui]"
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	@touch $@ $(VENV)/.installed
+
+clean:  ## forget the environment and the caches; runs and data stay
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,80 @@
+"""The whole way through the house, as a user goes it: train on two processes, evaluate and sample on one."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import launch, read_series, write_recipe
+
+pytestmark = pytest.mark.distributed
+
+TP = "parallel.tensor_model_parallel_size=2"
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(recipe file, run folder) of a tensor-parallel run with a local MLflow store."""
+    folder = tmp_path_factory.mktemp("main_job")
+    recipe = {**tiny_recipe, "tracking": {"mlflow": "local", "experiment": "main-job"}}
+    recipe["optimizer"] = {**recipe["optimizer"], "lr": 0.01}
+    path = write_recipe(folder, recipe, "job")
+    launch(2, "train", path, [TP])
+    return path, folder / "runs/job"
+
+
+def test_run_folder_tells_the_whole_story(trained: tuple[Path, Path]) -> None:
+    _, run = trained
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in run.iterdir()}
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert list(first)[0] == "step"
+    assert {"consumed_samples", "consumed_tokens", "train/nelbo", "train/grad_norm"} <= first.keys()
+    assert first["consumed_samples"] == 8
+    assert first["consumed_tokens"] == 8 * 32
+    nelbo = read_series(run / "metrics.jsonl", "train/nelbo")
+    assert sum(nelbo[-5:]) < sum(nelbo[:5]) - 2.5
+
+
+def test_mlflow_has_every_point_and_the_recipe(trained: tuple[Path, Path]) -> None:
+    from mlflow.tracking import MlflowClient
+
+    _, run = trained
+    client = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("main-job")
+    (logged,) = client.search_runs([experiment.experiment_id])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["diffusion.uniform_ratio"] == "0.1"
+    history = client.get_metric_history(logged.info.run_id, "train/nelbo")
+    written = read_series(run / "metrics.jsonl", "train/nelbo")
+    assert [point.value for point in sorted(history, key=lambda point: point.step)] == pytest.approx(written)
+    assert any(artifact.path == "recipe.yaml" for artifact in client.list_artifacts(logged.info.run_id))
+
+
+def test_evaluate_on_one_process_repeats_what_training_saw(trained: tuple[Path, Path]) -> None:
+    recipe, run = trained
+    output = launch(1, "evaluate", recipe)
+    record = json.loads((run / "evaluation.json").read_text())
+    logged = read_series(run / "metrics.jsonl", "eval/valid/nelbo_per_token")[-1]
+    assert record["nelbo_per_token"] == pytest.approx(logged, rel=2e-5)
+    assert record["step"] == 20
+    assert 0 < record["standard_error"] < record["nelbo_per_token"]
+    assert f"{record['nelbo_per_token']:.4f}" in output
+    plain = launch(1, "evaluate", recipe, ["--no-ema"])
+    assert "plain weights" in plain
+    assert json.loads((run / "evaluation.json").read_text())["nelbo_per_token"] != record["nelbo_per_token"]
+
+
+def test_samples_do_not_depend_on_the_layout(trained: tuple[Path, Path]) -> None:
+    recipe, _ = trained
+    ask = ["--steps", "6", "--num-samples", "2", "--prompt", "To be", "--trace", "3"]
+    texts = []
+    for num_processes, layout in ((1, []), (2, [TP]), (2, ["parallel.pipeline_model_parallel_size=2"])):
+        output = launch(num_processes, "sample", recipe, [*layout, *ask])
+        assert "6 steps, 7 network calls" in output
+        assert len(re.findall(r"unigram entropy \d\.\d+ nats", output)) == 2
+        texts.append(output[output.index("--- sample 1") :].split("\nW1", 1)[0].strip())
+    assert texts[0].splitlines()[1].startswith("To be")
+    assert texts[0] == texts[1] == texts[2]
