@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(folder: Path, step: int, state: dict[str, Any], mesh: Mesh, keep_last: int) -> Path:
-    """Writes `state` as the checkpoint of `step` and drops all but the `keep_last` newest.
+    """Writes `state` as the checkpoint of `step` and drops all but the `keep_last` newest up to it.
 
     All processes call it, each with its own sharded tensors. Returns the published folder.
     """
@@ -51,7 +51,8 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], mesh: Mesh, 
         _flush(aside)
         aside.rename(final)
         _point_latest(folder, final.name)
-        for old in list_checkpoints(folder)[:-keep_last]:
+        # Later steps are of a run that was set back by editing `latest`; they stay until overtaken.
+        for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep_last]:
             shutil.rmtree(old)
     mesh.barrier()
     return final
@@ -106,7 +107,7 @@ def find_latest(folder: Path) -> Path | None:
 @contextmanager
 def _signals_wait() -> Iterator[None]:
     """Holds stop signals back. torchrun sends them to the whole process group, and Megatron writes through
-    helper processes, which inherit this mask: otherwise the signal that asks for a save would kill its writers.
+    helper processes, which inherit this mask: else the signal that asks for a save would kill its writers.
     """
     resource_tracker.ensure_running()  # starting a helper would start it first, and that lifts the mask
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
