@@ -1,0 +1,5 @@
+"""A world of one process."""
+
+from tests.unit.model.small import mesh
+
+__all__ = ["mesh"]

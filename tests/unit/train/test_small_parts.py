@@ -1,0 +1,139 @@
+"""State, signals and provenance: what a resume and a stop rest on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.model.small import RECIPE, small_config
+from xdlm_megatron.config.load import ConfigError, load_recipe
+from xdlm_megatron.train.provenance import check_same_experiment, recipe_hash, write_provenance
+from xdlm_megatron.train.signals import StopRequest, catch_stop_signals
+from xdlm_megatron.train.state import TrainState
+
+
+def test_state_round_trip() -> None:
+    state = TrainState(step=3, consumed_samples=24, consumed_tokens=768, skipped_steps=2, skipped_in_a_row=1)
+    values = json.loads(json.dumps(state.to_dict()))
+    assert TrainState.from_dict(values) == state
+    with pytest.raises(TypeError, match="unknown_counter"):
+        TrainState.from_dict(values | {"unknown_counter": 1})
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_sets_the_flag_and_handlers_come_back(number: signal.Signals) -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with catch_stop_signals() as stop:
+        assert not stop
+        os.kill(os.getpid(), number)
+        assert stop
+        assert stop.signal is number
+        os.kill(os.getpid(), signal.SIGTERM)  # the launcher may repeat it while the checkpoint is written
+        assert stop
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def interrupt_twice(seen: list[bool]) -> None:
+    with catch_stop_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(bool(stop))
+        os.kill(os.getpid(), signal.SIGINT)
+        seen.append(False)
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    seen: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        interrupt_twice(seen)
+    assert seen == [True]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_nothing_asked_for_is_no_stop() -> None:
+    assert not StopRequest()
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "run.seed": {"run": {"seed": 4}},
+    "diffusion.schedule": {"diffusion": {"schedule": "cosine"}},
+    "diffusion.t_min": {"diffusion": {"t_min": 1e-5}},
+    "model.hidden_size": {"model": {"hidden_size": 64}},
+    "model.mcore.glu_linear_offset": {"model": {"mcore": {"glu_linear_offset": 1.0}}},
+    "precision.dtype": {"precision": {"dtype": "bfloat16"}},
+    "data.seq_length": {"data": {"seq_length": 24}},
+    "data.mask_id": {"data": {"mask_id": 0}},
+    "optimizer.lr": {"optimizer": {"lr": 2e-2}},
+    "optimizer.ema_decay": {"optimizer": {"ema_decay": 0.5}},
+    "lr_schedule.kind": {"lr_schedule": {"kind": "cosine"}},
+    "train.num_steps": {"train": {"num_steps": 11}},
+    "train.global_batch_size": {"train": {"global_batch_size": 8}},
+}
+FREE: dict[str, dict[str, Any]] = {
+    "layout": {
+        "parallel": {
+            "tensor_model_parallel_size": 2,
+            "pipeline_model_parallel_size": 2,
+            "sequence_parallel": True,
+        }
+    },
+    "micro-batch": {"train": {"micro_batch_size": 1}},
+    "sharding": {"optimizer": {"use_distributed_optimizer": False}},
+    "moved data": {"data": {"train_prefix": "elsewhere/text", "tokenizer": "elsewhere/tokenizer.model"}},
+    "padding": {"data": {"make_vocab_size_divisible_by": 128}},
+    "intervals": {"checkpoint": {"save_interval": 3, "keep_last": 5}, "evaluation": {"interval": 7}},
+    "logging": {"train": {"log_interval": 3}, "tracking": {"experiment": "other"}},
+    "stop": {"train": {"stop_after_step": 4}},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_provenance(tmp_path, small_config())
+    check_same_experiment(tmp_path, small_config())
+    return tmp_path
+
+
+@pytest.mark.parametrize(("field", "sections"), CHANGES.items(), ids=CHANGES)
+def test_another_experiment_is_refused_by_name(field: str, sections: dict, folder: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_same_experiment(folder, small_config(**sections))
+    message = str(error.value)
+    assert f"  {field}: was " in message
+    assert "change them back, or start a new run by another run.name" in message
+    section, _, name = field.partition(".")
+    now = sections[section]
+    for part in name.split("."):
+        now = now[part]
+    assert f", now {now!r}" in message
+
+
+def test_every_changed_field_is_named_and_no_other(folder: Path) -> None:
+    changed = small_config(run={"seed": 9}, optimizer={"lr": 0.5}, train={"micro_batch_size": 1})
+    with pytest.raises(ConfigError) as error:
+        check_same_experiment(folder, changed)
+    assert str(error.value).splitlines()[1:] == [
+        "  optimizer.lr: was 0.01, now 0.5",
+        "  run.seed: was 3, now 9",
+    ]
+
+
+@pytest.mark.parametrize("sections", FREE.values(), ids=FREE)
+def test_what_the_machine_decides_may_change(sections: dict, folder: Path) -> None:
+    changed = small_config(**sections)
+    assert changed != small_config()
+    check_same_experiment(folder, changed)
+
+
+def test_provenance_holds_the_whole_recipe_and_the_versions(folder: Path) -> None:
+    assert load_recipe(folder / "recipe.yaml") == small_config()
+    environment = json.loads((folder / "environment.json").read_text())
+    assert {"torch", "megatron-core", "numpy"} <= environment["packages"].keys()
+    assert environment["packages"]["torch"].split(".")[0].isdigit()
+    assert recipe_hash(small_config()) == recipe_hash(small_config(RECIPE))
+    assert recipe_hash(small_config(run={"seed": 4})) != recipe_hash(small_config())
