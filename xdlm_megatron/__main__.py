@@ -6,7 +6,10 @@ import argparse
 import dataclasses
 import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from xdlm_megatron import __version__
 from xdlm_megatron.config.derive import derive, model_parallel_size
@@ -17,19 +20,32 @@ USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit status: 0 done, 1 training failed, 2 the user's mistake (no traceback)."""
-    options = _parser().parse_args(arguments)
+    """Runs a verb; returns the exit status: 0 done, 1 training failed, 2 the user's to mend."""
+    options = _parse(arguments)
+    if not sys.warnoptions:  # these speak to developers of Megatron-Core and torch; -W default shows them
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
     try:
         return options.run(options)
     except ValueError as error:  # ConfigError, DataError, CheckpointError: each names value, rule and cure
+        if not _is_ours(error):
+            raise
         return _fail(str(error))
+    except BrokenPipeError:  # show-config | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _fail(f"{error.filename}: {error.strerror}; correct the path or its permissions")
     except KeyboardInterrupt:
         return _fail("interrupted before it could save")
 
 
 def _show_config(options: argparse.Namespace) -> int:
     config = load_recipe(options.recipe, options.overrides)
-    world_size = options.world_size or _world_size() or model_parallel_size(config)
+    world_size = options.world_size
+    if world_size is None:
+        world_size = _world_size() or model_parallel_size(config)
     derived = derive(config, world_size)
     print(dump_recipe(config))
     print(f"# derived, on {world_size} processes")
@@ -94,11 +110,50 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_ours(error: BaseException) -> bool:
+    """Whether this package raised it: what others raise is a bug, and needs its traceback."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
+
+
 def _fail(message: str) -> int:
-    """One message, from the first process only."""
-    if os.environ.get("RANK", "0") == "0":
+    """One message a machine: its processes see the same recipe and the same disk."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     return USER_ERROR
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and behind options."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [argument for argument in rest if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    options.overrides += rest
+    return options
+
+
+def _number(kind: type, rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]:
+    """A type for argparse: a number for which the rule holds."""
+
+    def parse(text: str) -> float:
+        try:
+            value: float = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"must be {rule} (got '{text}')")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, "a whole number of at least 1", lambda n: n >= 1)
+_SEED = _number(int, "a whole number in [0, 2^32)", lambda n: 0 <= n < 2**32)
+_TEMPERATURE = _number(float, "above 0; --final greedy takes the likeliest", lambda x: 0 < x < float("inf"))
+_TOP_P = _number(float, "in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1)
+_FRAMES = _number(int, "0, or at least 2: the start and the end", lambda n: n == 0 or n >= 2)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -119,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 
     show = verb("show-config", _show_config, "print the resolved recipe and what follows from it")
     show.add_argument(
-        "--world-size", type=int, help="processes (default: WORLD_SIZE, or the smallest that fits)"
+        "--world-size", type=_COUNT, help="processes (default: WORLD_SIZE, or the smallest that fits)"
     )
 
     train = verb("train", _train, "train; start it with torchrun for several processes")
@@ -138,19 +193,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=64, help="reverse steps (default 64)")
-    parser.add_argument("--num-samples", type=int, default=1, help="sequences (default 1)")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--steps", type=_COUNT, default=64, help="reverse steps (default 64)")
+    parser.add_argument("--num-samples", type=_COUNT, default=1, help="sequences (default 1)")
+    parser.add_argument(
+        "--temperature", type=_TEMPERATURE, default=1.0, help="of the predicted law (default 1)"
+    )
+    parser.add_argument("--top-p", type=_TOP_P, default=1.0, help="share of the law that is kept (default 1)")
     parser.add_argument(
         "--final",
         choices=("ancestral", "greedy", "none"),
         default="ancestral",
         help="removal of the last noise",
     )
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--seed", type=_SEED, default=1, help="of all draws (default 1)")
     parser.add_argument("--prompt", help="text that every sample begins with; it never changes")
-    parser.add_argument("--trace", type=int, default=0, metavar="N", help="show N frames of the first sample")
+    parser.add_argument(
+        "--trace", type=_FRAMES, default=0, metavar="N", help="show N frames of the first sample"
+    )
 
 
 if __name__ == "__main__":
