@@ -110,6 +110,9 @@ def test_restored_weights_are_those_of_the_run(finished: RunConfig, use_ema: boo
         restored = list(unwrap(chunks[0]).parameters())
         assert all(torch.equal(p, wanted) for p, wanted in zip(restored, expected, strict=True))
         assert any(not torch.equal(p, unwanted) for p, unwanted in zip(restored, other, strict=True))
+        # What the run logged was measured on the averages.
+        (logged,) = series(finished, "eval/valid/nelbo_per_token")
+        assert (run.evaluator(chunks).nelbo_per_token == logged) == use_ema
 
 
 def test_restoring_another_model_is_refused(finished: RunConfig, tiny_recipe: dict, tmp_path: Path) -> None:
