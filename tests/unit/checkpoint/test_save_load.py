@@ -177,12 +177,15 @@ def test_step_of_a_folder(name: str) -> None:
 class Trainee:
     """Model, optimizer, schedule and EMA after some updates by random gradients."""
 
-    def __init__(self, mesh: Mesh, seed: int, distributed: bool, num_steps: int) -> None:
+    def __init__(
+        self, mesh: Mesh, seed: int, distributed: bool, num_steps: int, divisible_by: int = 16
+    ) -> None:
         self.config = small_config(
             run={"seed": seed},
             precision={"dtype": "bfloat16"},
             optimizer={"use_distributed_optimizer": distributed},
             lr_schedule={"kind": "cosine", "warmup_steps": 2},
+            data={"make_vocab_size_divisible_by": divisible_by},
         )
         self.groups = mesh.groups
         self.chunks = wrap_for_training(build_model(self.config, mesh), distributed, mesh)
@@ -246,3 +249,25 @@ def test_round_trip_goes_on_with_the_same_bits(distributed: bool, tmp_path: Path
     assert whole.lr_schedule.num_steps == resumed.lr_schedule.num_steps == 6
     for a, b in zip(whole.weights_and_averages(), resumed.weights_and_averages(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize(("before", "after"), [(16, 64), (64, 16)], ids=["grows", "shrinks"])
+def test_the_vocabulary_may_be_padded_otherwise(
+    before: int, after: int, distributed: bool, tmp_path: Path, mesh: Mesh
+) -> None:
+    """As when the tensor-parallel size changes: real rows keep their bits, padding gets no garbage."""
+    whole = Trainee(mesh, 3, distributed, 4, divisible_by=before)
+    path = save_checkpoint(tmp_path, 4, whole.state(is_loading=False) | {"ema_updates": 4}, mesh, 1)
+    torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
+    try:
+        resumed = Trainee(mesh, 4, distributed, 0, divisible_by=after)
+        resumed.load(load_checkpoint(path, resumed.state(is_loading=True)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for mine, theirs in zip(resumed.weights_and_averages(), whole.weights_and_averages(), strict=True):
+        padded = len(mine) != len(theirs)
+        assert torch.equal(mine[:45], theirs[:45]) if padded else torch.equal(mine, theirs)
+        assert (mine[len(theirs) :] == 0).all()
+    resumed.update(4)
+    assert all(torch.isfinite(value).all() for value in resumed.weights_and_averages())
