@@ -29,8 +29,9 @@ say "a sample, and how it came about"
 python -m xdlm_megatron sample "$recipe" parallel.tensor_model_parallel_size=1 --steps 64 --trace 6
 
 say "loss curve"
-python tools/plot_run.py "$run" --reference "unigram entropy of the text=$(
-  python -c "import json; print(json.load(open('$run/evaluation.json'))['unigram_entropy'])")"
+evaluation="$run/evaluations/$(cat "$run/checkpoints/latest")-ema.json"
+entropy=$(python -c "import json, sys; print(json.load(open(sys.argv[1]))['unigram_entropy'])" "$evaluation")
+python tools/plot_run.py "$run" --reference "unigram entropy of the text=$entropy"
 
 say "done"
 echo "run folder   $run (recipe, metrics.jsonl, checkpoints, figures/loss.png)"

@@ -29,8 +29,17 @@ def write_recipe(folder: Path, recipe: dict[str, Any], name: str) -> Path:
     return path
 
 
-def command(num_processes: int, verb: str, recipe: Path, arguments: Sequence[str], program: Sequence[str]) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), "--standalone"]
+def command(
+    num_processes: int, verb: str, recipe: Path, arguments: Sequence[str], program: Sequence[str]
+) -> list[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(num_processes),
+        "--standalone",
+    ]
     return [*launcher, *program, verb, str(recipe), *arguments]
 
 

@@ -28,9 +28,10 @@ def trained(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_run_folder_tells_the_whole_story(trained: tuple[Path, Path]) -> None:
     _, run = trained
-    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints"} <= {p.name for p in run.iterdir()}
+    names = {path.name for path in run.iterdir()}
+    assert {"recipe.yaml", "environment.jsonl", "metrics.jsonl", "checkpoints"} <= names
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
-    assert list(first)[0] == "step"
+    assert next(iter(first)) == "step"
     assert {"consumed_samples", "consumed_tokens", "train/nelbo", "train/grad_norm"} <= first.keys()
     assert first["consumed_samples"] == 8
     assert first["consumed_tokens"] == 8 * 32
@@ -56,15 +57,15 @@ def test_mlflow_has_every_point_and_the_recipe(trained: tuple[Path, Path]) -> No
 def test_evaluate_on_one_process_repeats_what_training_saw(trained: tuple[Path, Path]) -> None:
     recipe, run = trained
     output = launch(1, "evaluate", recipe)
-    record = json.loads((run / "evaluation.json").read_text())
+    record = json.loads((run / "evaluations/step_00000020-ema.json").read_text())
     logged = read_series(run / "metrics.jsonl", "eval/valid/nelbo_per_token")[-1]
     assert record["nelbo_per_token"] == pytest.approx(logged, rel=2e-5)
     assert record["step"] == 20
     assert 0 < record["standard_error"] < record["nelbo_per_token"]
     assert f"{record['nelbo_per_token']:.4f}" in output
-    plain = launch(1, "evaluate", recipe, ["--no-ema"])
-    assert "plain weights" in plain
-    assert json.loads((run / "evaluation.json").read_text())["nelbo_per_token"] != record["nelbo_per_token"]
+    assert "plain weights" in launch(1, "evaluate", recipe, ["--no-ema"])
+    plain = json.loads((run / "evaluations/step_00000020-plain.json").read_text())
+    assert plain["nelbo_per_token"] != record["nelbo_per_token"]
 
 
 def test_samples_do_not_depend_on_the_layout(trained: tuple[Path, Path]) -> None:

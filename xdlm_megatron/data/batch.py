@@ -5,8 +5,8 @@ Shapes: B micro-batch, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,13 @@ from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import Schedule, stratified_t
 
-Rows = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # global sample ids -> rows of the dataset
+
+class Index(Protocol):
+    """Which row of the dataset a global sample id shows (data/sampler.py)."""
+
+    num_samples: int
+
+    def rows(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]: ...
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,12 @@ class Batch:
 class NoisedSamples:
     """Builds micro-batches. The same sample ids give the same bits on every rank, layout and resume.
 
-    rows: sample ids -> rows of the dataset (a shuffle for training, the identity for evaluation).
+    index: a shuffle for training, the order of the file for evaluation.
     streams: (times, noise), so that evaluation never touches training's randomness.
     """
 
     dataset: PackedDataset
-    rows: Rows
+    index: Index
     noise: StationaryNoise
     schedule: Schedule
     seed: int
@@ -53,7 +59,7 @@ class NoisedSamples:
     def build(self, sample_ids: NDArray[np.int64], slots: NDArray[np.int64], batch_size: int) -> Batch:
         """The micro-batch of `sample_ids`, which stand at `slots` of a global batch of `batch_size`."""
         time_stream, noise_stream = self.streams
-        x0_BS = torch.from_numpy(np.stack([self.dataset[int(row)] for row in self.rows(sample_ids)]))
+        x0_BS = torch.from_numpy(np.stack([self.dataset[int(row)] for row in self.index.rows(sample_ids)]))
         x0_BS = x0_BS.to(self.device, non_blocking=True)
         id_B = torch.from_numpy(sample_ids).to(self.device)
         slot_B = torch.from_numpy(slots).to(self.device)

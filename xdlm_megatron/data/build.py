@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from xdlm_megatron.config.schema import Data, Diffusion, RunConfig
-from xdlm_megatron.data.batch import NoisedSamples, Rows
+from xdlm_megatron.data.batch import Index, NoisedSamples
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.data.packing import PackedDataset
-from xdlm_megatron.data.sampler import ShuffledIndex
+from xdlm_megatron.data.sampler import CyclicIndex, ShuffledIndex
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import SCHEDULES, Schedule
@@ -34,8 +32,8 @@ def build_train_samples(config: RunConfig, device: torch.device) -> NoisedSample
     """Training samples in shuffled order, with training's noise. Raises DataError."""
     _check_vocabulary(config.data, config.data.train_prefix)
     dataset = PackedDataset(config.data.train_prefix, config.data.seq_length)
-    order = ShuffledIndex(len(dataset), config.run.seed)
-    return _noised(config, dataset, order.rows, (Stream.TIME, Stream.NOISE), device)
+    index = ShuffledIndex(len(dataset), config.run.seed)
+    return _noised(config, dataset, index, (Stream.TIME, Stream.NOISE), device)
 
 
 def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSamples:
@@ -48,24 +46,20 @@ def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSample
         raise DataError("data.valid_prefix is null, and evaluation needs held-out text; set it to a prefix")
     _check_vocabulary(config.data, config.data.valid_prefix)
     dataset = PackedDataset(config.data.valid_prefix, config.data.seq_length)
-    num_rows = min(len(dataset), config.evaluation.num_sequences)
-
-    def rows(sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        return sample_ids % num_rows
-
-    return _noised(config, dataset, rows, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device)
+    index = CyclicIndex(min(len(dataset), config.evaluation.num_sequences))
+    return _noised(config, dataset, index, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device)
 
 
 def _noised(
     config: RunConfig,
     dataset: PackedDataset,
-    rows: Rows,
+    index: Index,
     streams: tuple[Stream, Stream],
     device: torch.device,
 ) -> NoisedSamples:
     return NoisedSamples(
         dataset=dataset,
-        rows=rows,
+        index=index,
         noise=build_noise(config),
         schedule=build_schedule(config.diffusion),
         seed=config.run.seed,

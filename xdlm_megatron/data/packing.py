@@ -22,9 +22,7 @@ class PackedDataset:
         self.seq_length = seq_length
         self._indexed = open_indexed(prefix)
         self._dtype = self._indexed.index.dtype
-        # Place of each document's first id in the whole, and the number of all ids at the end.
-        self._starts = np.concatenate([[0], np.cumsum(self._indexed.sequence_lengths, dtype=np.int64)])
-        self.num_tokens = int(self._starts[-1])
+        self.num_tokens = int(self._indexed.sequence_lengths.sum(dtype=np.int64))
         self.num_samples = self.num_tokens // seq_length
         self.num_dropped_tokens = self.num_tokens - self.num_samples * seq_length
         if self.num_samples == 0:
@@ -38,19 +36,7 @@ class PackedDataset:
 
     def __getitem__(self, index: int) -> NDArray[np.int64]:
         """Sample `index` in [0, len): int64 [seq_length]. Raises IndexError outside (negative ids too)."""
-        start = self._start(index)
-        offset = start * np.dtype(self._dtype).itemsize
-        return np.asarray(self._indexed.bin_reader.read(self._dtype, self.seq_length, offset), dtype=np.int64)
-
-    def cu_seqlens(self, index: int) -> NDArray[np.int32]:
-        """Bounds of the documents within a sample: int32 [pieces + 1], first 0, last seq_length."""
-        start = self._start(index)
-        first = np.searchsorted(self._starts, start, side="right")
-        last = np.searchsorted(self._starts, start + self.seq_length, side="left")
-        inner = self._starts[first:last] - start
-        return np.unique(np.concatenate([[0], inner, [self.seq_length]])).astype(np.int32)
-
-    def _start(self, index: int) -> int:
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} is not in [0, {self.num_samples})")
-        return int(index) * self.seq_length
+        offset = int(index) * self.seq_length * np.dtype(self._dtype).itemsize
+        return np.asarray(self._indexed.bin_reader.read(self._dtype, self.seq_length, offset), dtype=np.int64)

@@ -5,6 +5,8 @@ noise a sample gets and, through `ShuffledIndex`, which row of the dataset it sh
 save: a run resumes from one number, under any data-parallel size.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +44,17 @@ def micro_batch_ids(
         raise ValueError(f"consumed_samples={consumed_samples} must be >= 0")
     slots = micro_batch_slots(micro_batch_index, micro_batch_size, data_parallel_rank, data_parallel_size)
     return consumed_samples + slots
+
+
+@dataclass(frozen=True)
+class CyclicIndex:
+    """The first `num_samples` rows in the order of the file, over and over."""
+
+    num_samples: int
+
+    def rows(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The rows of many ids, int64 of the same shape."""
+        return sample_ids % self.num_samples
 
 
 class ShuffledIndex:
@@ -83,4 +96,5 @@ class ShuffledIndex:
 
     def rows(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of many ids, int64 of the same shape; a batch may run across the end of an epoch."""
-        return np.array([self.row(int(i)) for i in sample_ids.ravel()], dtype=np.int64).reshape(sample_ids.shape)
+        rows = [self.row(int(i)) for i in sample_ids.ravel()]
+        return np.array(rows, dtype=np.int64).reshape(sample_ids.shape)

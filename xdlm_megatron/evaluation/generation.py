@@ -14,8 +14,8 @@ from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.sampler import sample
 from xdlm_megatron.diffusion.schedule import Schedule
-from xdlm_megatron.model.objective import run_schedule
 from xdlm_megatron.parallel.mesh import Mesh
+from xdlm_megatron.parallel.schedule import run_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,9 @@ def generate(
     if options.num_samples < 1:
         raise ValueError(f"--num-samples {options.num_samples} must be >= 1; ask for one sample or more")
     if len(prompt_ids) >= seq_length:
-        raise ValueError(f"the prompt has {len(prompt_ids)} tokens and data.seq_length is {seq_length}; shorten it")
+        raise ValueError(
+            f"the prompt has {len(prompt_ids)} tokens and data.seq_length is {seq_length}; shorten it"
+        )
     rows = torch.arange(options.num_samples, device=device)
     positions = torch.arange(seq_length, device=device)
     prior_BS = noise.sample_prior((options.seed, Stream.SAMPLE_PRIOR), (rows[:, None], positions))

@@ -1,4 +1,4 @@
-"""Held-out negative ELBO with noise that never changes, so that two evaluations differ by the weights alone."""
+"""Held-out negative ELBO under noise that never changes: two evaluations differ by the weights alone."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import Batch, NoisedSamples
 from xdlm_megatron.data.sampler import micro_batch_slots
-from xdlm_megatron.model.objective import Objective, run_schedule
+from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
+from xdlm_megatron.parallel.schedule import run_schedule
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class NelboEvaluator:
 
     @property
     def num_sequences(self) -> int:
-        return min(self.config.evaluation.num_sequences, len(self.samples.dataset))
+        return self.samples.index.num_samples
 
     def __call__(self, chunks: list[Any]) -> NelboResult:
         """All processes call it; all get the result. The chunks come back in the mode they were in."""
@@ -84,7 +85,9 @@ class NelboEvaluator:
 
     def _slots(self, index: int) -> np.ndarray:
         train, mesh = self.config.train, self.mesh
-        return micro_batch_slots(index, train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size)
+        return micro_batch_slots(
+            index, train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size
+        )
 
     def _batches(self, total: int, num_microbatches: int) -> Iterator[Batch]:
         for index in range(num_microbatches):

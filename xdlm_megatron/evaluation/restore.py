@@ -7,7 +7,12 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.checkpoint.contents import model_state
-from xdlm_megatron.checkpoint.save_load import CheckpointError, find_latest, load_checkpoint, load_plain_values
+from xdlm_megatron.checkpoint.save_load import (
+    CheckpointError,
+    find_latest,
+    load_checkpoint,
+    load_plain_values,
+)
 from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
@@ -21,11 +26,15 @@ def choose_checkpoint(config: RunConfig, given: str | None) -> Path:
     if given is not None:
         path = Path(given)
         if not (path / "metadata.json").is_file():
-            raise CheckpointError(f"--checkpoint {given} is not a checkpoint folder; it is named like step_00001000")
+            raise CheckpointError(
+                f"--checkpoint {given} is not a checkpoint folder; it is named like step_00001000"
+            )
         return path
     latest = find_latest(run_folder(config) / "checkpoints")
     if latest is None:
-        raise CheckpointError(f"{run_folder(config)} has no checkpoint yet; train first, or give --checkpoint")
+        raise CheckpointError(
+            f"{run_folder(config)} has no checkpoint yet; train first, or give --checkpoint"
+        )
     return latest
 
 
@@ -56,7 +65,10 @@ def restore_model(
 
 def _check_same_model(config: RunConfig, saved: dict, path: Path) -> None:
     now = to_tree(config)
-    for section, name in [("model", name) for name in now["model"]] + [("data", "vocab_size"), ("data", "mask_id")]:
+    for section, name in [("model", name) for name in now["model"]] + [
+        ("data", "vocab_size"),
+        ("data", "mask_id"),
+    ]:
         if saved[section][name] != now[section][name]:
             raise CheckpointError(
                 f"{path} was trained with {section}.{name}={saved[section][name]!r} and the recipe says "

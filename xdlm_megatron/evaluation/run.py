@@ -25,7 +25,7 @@ from xdlm_megatron.parallel.mesh import Mesh, open_mesh
 
 
 def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = True) -> NelboResult:
-    """Prints the held-out NELBO of a checkpoint and writes it to the run folder's evaluation.json."""
+    """Prints the held-out NELBO of a checkpoint and writes it to `evaluations/` of the run folder."""
     path = choose_checkpoint(config, checkpoint)
     with _restored(config, path, use_ema) as (mesh, chunks, step):
         samples = build_valid_samples(config, mesh.device)
@@ -41,7 +41,7 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
 def sample(
     config: RunConfig, options: SampleOptions, checkpoint: str | None = None, use_ema: bool = True
 ) -> Samples:
-    """Prints samples of a checkpoint, each with its unigram entropy, and a trace of the first if asked for."""
+    """Prints samples of a checkpoint with their unigram entropy, and a trace of the first if asked for."""
     path = choose_checkpoint(config, checkpoint)
     tokenizer = load_tokenizer(config.data.tokenizer)
     noise, schedule = build_noise(config), build_schedule(config.diffusion)
@@ -107,7 +107,10 @@ def _report_evaluation(
         "seed": config.run.seed,
         "unigram_entropy": entropy,
     }
-    (run_folder(config) / "evaluation.json").write_text(json.dumps(record, indent=2) + "\n")
+    folder = run_folder(config) / "evaluations"
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{path.name}-{'ema' if use_ema else 'plain'}.json"
+    (folder / name).write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _report_samples(tokenizer: Tokenizer, options: SampleOptions, samples: Samples, title: str) -> None:

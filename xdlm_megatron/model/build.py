@@ -30,9 +30,8 @@ class HalfPrecision(Float16Module):
 def build_model(config: RunConfig, mesh: Mesh) -> list[MegatronModule]:
     """This process's pipeline chunks, initialised, in the recipe's precision; not wrapped for training."""
     transformer = build_transformer_config(config.model, config.parallel, config.precision)
-    seed_model_parallel_rng(
-        config.run.seed
-    )  # upstream's constructors draw; init_weights replaces what they drew
+    # Upstream's constructors draw from generators; init_weights replaces what they drew.
+    seed_model_parallel_rng(config.run.seed)
     chunks = [_build_chunk(config, transformer, mesh, index) for index in range(mesh.num_chunks)]
     if transformer.bf16:
         return [HalfPrecision(transformer, chunk) for chunk in chunks]

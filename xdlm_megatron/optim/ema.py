@@ -35,8 +35,7 @@ class _Shard:
 class Ema:
     """average <- d average + (1 - d) weights, with d = min(decay, (1 + n) / (10 + n)) at the n-th update.
 
-    The ramp is the paper's (Table of training recipes; as in MDLM's code). `num_updates` travels in the
-    checkpoint's train state.
+    The ramp is that of MDLM's and XDLM's code, n = 1 at the first update.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class Ema:
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after an optimizer step."""
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         self.num_updates += 1
+        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [shard.average for shard in self._shards.values()]
         weights = [shard.main.detach().view(-1) for shard in self._shards.values()]
         if averages:

@@ -29,11 +29,13 @@ class _Window:
     started: float = field(default_factory=time.perf_counter)
     num_steps: int = 0
     grad_norm: float = float("nan")
+    lr: float = float("nan")
 
     def add(self, result: StepResult) -> None:
         self.nelbo += result.nelbo
         self.num_steps += 1
         self.grad_norm = result.grad_norm
+        self.lr = result.lr
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -94,7 +96,7 @@ class Loop:
                 "consumed_tokens": state.consumed_tokens,
                 "train/nelbo": nelbo_sum / num_tokens,
                 "train/grad_norm": window.grad_norm,
-                "train/lr": self.step.optimizer.param_groups[0]["lr"],
+                "train/lr": window.lr,
                 "train/skipped_steps": state.skipped_steps,
                 "perf/tokens_per_second": tokens_per_second,
                 "perf/tokens_per_second_per_gpu": tokens_per_second / derived.world_size,
@@ -117,7 +119,7 @@ class Loop:
             raise TrainingError(
                 f"{state.skipped_in_a_row} steps in a row had a non-finite gradient "
                 f"(train.max_skipped_steps={limit}); the last checkpoint is good: "
-                "lower optimizer.lr or look at the data, then resume"
+                "look at the data, or start a new run with a lower optimizer.lr"
             )
 
 

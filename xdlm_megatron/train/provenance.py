@@ -15,7 +15,7 @@ from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe, to_
 from xdlm_megatron.config.schema import RunConfig
 
 RECIPE = "recipe.yaml"
-ENVIRONMENT = "environment.json"
+ENVIRONMENT = "environment.jsonl"
 
 # A resume that changes one of these would go on as another experiment.
 FIXED_FIELDS = (
@@ -30,21 +30,32 @@ FIXED_FIELDS = (
     "train.global_batch_size",
 )
 # Where the same data lies, and how its vocabulary is padded, may change with the machine or the layout.
-FREE_FIELDS = ("data.train_prefix", "data.valid_prefix", "data.tokenizer", "data.make_vocab_size_divisible_by")
-FREE_OPTIMIZER_FIELDS = ("optimizer.use_distributed_optimizer",)
+FREE_FIELDS = (
+    "data.train_prefix",
+    "data.valid_prefix",
+    "data.tokenizer",
+    "data.make_vocab_size_divisible_by",
+)
 
 
-def write_provenance(folder: Path, config: RunConfig) -> None:
-    """The resolved recipe, package versions and git commit, before the first step."""
+def write_recipe(folder: Path, config: RunConfig) -> None:
+    """The resolved recipe, before the first step."""
     (folder / RECIPE).write_text(dump_recipe(config))
-    packages = ("torch", "megatron-core", "numpy", "mlflow-skinny")
-    environment = {
+
+
+def record_start(folder: Path, config: RunConfig, step: int, world_size: int) -> None:
+    """One line for every start of the run: step, layout, package versions, git commit."""
+    start = {
+        "step": step,
+        "world_size": world_size,
+        "parallel": to_tree(config)["parallel"],
         "xdlm_megatron": __version__,
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
         "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in ("torch", "megatron-core", "numpy", "mlflow-skinny")},
     }
-    (folder / ENVIRONMENT).write_text(json.dumps(environment, indent=2) + "\n")
+    with (folder / ENVIRONMENT).open("a") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def check_same_experiment(folder: Path, config: RunConfig) -> None:
@@ -54,17 +65,18 @@ def check_same_experiment(folder: Path, config: RunConfig) -> None:
         ConfigError: maths, model, data or seed differ; names each field with both values.
     """
     before, now = _flat(load_recipe(folder / RECIPE)), _flat(config)
-    free = FREE_FIELDS + FREE_OPTIMIZER_FIELDS
     changed = [
         f"  {name}: was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
         if before.get(name) != now.get(name)
-        and name not in free
+        and name not in FREE_FIELDS
         and any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED_FIELDS)
     ]
     if changed:
         cure = "change them back, or start a new run by another run.name"
-        raise ConfigError("\n".join([f"{folder}: the recipe is not the one this run began with; {cure}", *changed]))
+        raise ConfigError(
+            "\n".join([f"{folder}: the recipe is not the one this run began with; {cure}", *changed])
+        )
 
 
 def recipe_hash(config: RunConfig) -> str:

@@ -6,7 +6,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
@@ -25,6 +24,7 @@ from xdlm_megatron.data.build import build_train_samples, build_valid_samples
 from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator
 from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
+from xdlm_megatron.model.layer_spec import core_attention
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
@@ -41,7 +41,8 @@ from xdlm_megatron.train.provenance import (
     check_same_experiment,
     git_commit,
     recipe_hash,
-    write_provenance,
+    record_start,
+    write_recipe,
 )
 from xdlm_megatron.train.signals import catch_stop_signals
 from xdlm_megatron.train.state import TrainState
@@ -143,9 +144,9 @@ def train(config: RunConfig, resume: bool = False) -> str:
         if mesh.is_main:
             run.folder.mkdir(parents=True, exist_ok=True)
             if start is None:
-                write_provenance(run.folder, config)
-            else:
-                truncate_after(run.folder / METRICS, state.step)
+                write_recipe(run.folder, config)
+            record_start(run.folder, config, state.step, mesh.world_size)
+            truncate_after(run.folder / METRICS, state.step)
         peak, source = peak_flops(mesh.device, DTYPES[config.precision.dtype])
         if mesh.is_main:
             print(describe(run, state, source), flush=True)
@@ -169,7 +170,8 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
     return "\n".join(
         [
             f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
-            f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype}, {run.mesh.device.type}",
+            f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype} on "
+            f"{run.mesh.device.type}, attention by {core_attention().__name__}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x data {derived.data_parallel_size}, "
             f"{derived.num_microbatches} micro-batches of {config.train.micro_batch_size} a step",
@@ -188,13 +190,13 @@ def _choose_start(config: RunConfig, resume: bool) -> Path | None:
             raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start it")
         return None
     if not resume:
-        raise CheckpointError(f"{folder} holds a run already; add --resume to go on, or choose another run.name")
+        raise CheckpointError(f"{folder} holds a run; add --resume to go on, or choose another run.name")
     check_same_experiment(folder, config)
     latest = find_latest(checkpoints)
     if latest is None:
         left = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"
         raise CheckpointError(
-            f"{checkpoints} has no '{'latest'}' (whole checkpoints there: {left}); "
+            f"{checkpoints} has no 'latest' (whole checkpoints there: {left}); "
             "the run never saved: remove the folder to start over"
         )
     return latest
@@ -203,13 +205,12 @@ def _choose_start(config: RunConfig, resume: bool) -> Path | None:
 def _build_tracker(run: Run, state: TrainState) -> Tracker:
     if not run.mesh.is_main:
         return NoopTracker()
-    config = run.config
+    config, groups = run.config, run.mesh.groups
     trackers: list[Tracker] = [
         JsonlTracker(run.folder / METRICS),
         ConsoleTracker(config.train.num_steps, state.step),
     ]
     if config.tracking.mlflow is not None:
-        parallel = config.parallel
         trackers.append(
             MlflowTracker(
                 run.folder,
@@ -221,8 +222,7 @@ def _build_tracker(run: Run, state: TrainState) -> Tracker:
                     "recipe_hash": recipe_hash(config),
                     "git_commit": git_commit() or "unknown",
                     "uniform_ratio": config.diffusion.uniform_ratio,
-                    "layout": f"tp{parallel.tensor_model_parallel_size}-pp{parallel.pipeline_model_parallel_size}"
-                    f"-dp{run.derived.data_parallel_size}",
+                    "layout": f"tp{groups.tp.size()}-pp{groups.pp.size()}-dp{groups.dp.size()}",
                 },
             )
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from xdlm_megatron.config.derive import Derived
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import Batch, NoisedSamples
 from xdlm_megatron.data.sampler import micro_batch_ids, micro_batch_slots
-from xdlm_megatron.model.objective import Objective, run_schedule
+from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.optim.ema import Ema
 from xdlm_megatron.parallel.mesh import Mesh, seed_model_parallel_rng
+from xdlm_megatron.parallel.schedule import run_schedule
 from xdlm_megatron.train.state import TrainState
 
 
@@ -29,6 +31,7 @@ class StepResult:
 
     nelbo: Tensor
     grad_norm: float
+    lr: float
     skipped: bool
 
 
@@ -66,7 +69,7 @@ class TrainStep:
             micro_batch_size=self.config.train.micro_batch_size,
             seq_length=self.config.data.seq_length,
         )
-        # Megatron's own step clips but does not look for NaN without a loss scaler, so the norm is asked first.
+        # Megatron's own step does not look for NaN without a loss scaler, so the norm is asked first.
         self.optimizer.prepare_grads()
         grad_norm = float(self.optimizer.get_grad_norm())
         skipped = not math.isfinite(grad_norm)
@@ -78,11 +81,12 @@ class TrainStep:
             self.optimizer.step()
             if self.ema is not None:
                 self.ema.update()
+        lr = self.optimizer.param_groups[0]["lr"]
         self.lr_schedule.step(1)
         state.step += 1
         state.consumed_samples += self.config.train.global_batch_size
         state.consumed_tokens += self.derived.tokens_per_step
-        return StepResult(self._sum_and_count(outputs), grad_norm, skipped)
+        return StepResult(self._sum_and_count(outputs), grad_norm, lr, skipped)
 
     def _batches(self, state: TrainState) -> Iterator[Batch]:
         train, mesh = self.config.train, self.mesh
@@ -100,9 +104,13 @@ class TrainStep:
         return total
 
     def _seed_dropout(self, step: int) -> None:
-        """Dropout's generators restart each step from (seed, step, rank): a resume repeats nothing."""
+        """Dropout's generators restart each step from (seed, step, rank): a resume repeats nothing.
+
+        Upstream draws dropout from generators, so this is the one random thing that depends on the layout.
+        """
         model = self.config.model
         if model.hidden_dropout or model.attention_dropout:
-            place = self.mesh.data_parallel_rank * self.mesh.groups.pp.size() + self.mesh.groups.pp.rank()
-            seed_model_parallel_rng((self.config.run.seed * 1_000_003 + step * 65_537 + place * 257) % 2**31)
-
+            ranks = f"{self.mesh.data_parallel_rank}/{self.mesh.groups.pp.rank()}"
+            place = f"{self.config.run.seed}/{step}/{ranks}"
+            digest = hashlib.blake2b(place.encode(), digest_size=4).digest()
+            seed_model_parallel_rng(int.from_bytes(digest, "little") >> 1)

@@ -28,7 +28,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> NoisedSamples:
     dataset = PackedDataset(prefix, S)
     return NoisedSamples(
         dataset=dataset,
-        rows=ShuffledIndex(len(dataset), SEED).rows,
+        index=ShuffledIndex(len(dataset), SEED),
         noise=StationaryNoise(0.3, V, MASK),
         schedule=LogLinear(),
         seed=SEED,
@@ -77,7 +77,7 @@ def test_the_order_changes_no_bit(samples: NoisedSamples) -> None:
 def test_a_row_is_noised_as_the_noise_module_says(samples: NoisedSamples) -> None:
     """Each token by itself, from its own counter, at the alpha of its row's time."""
     batch = samples.build(np.arange(20, 24), np.arange(4), 4)
-    rows = samples.rows(np.arange(20, 24))
+    rows = samples.index.rows(np.arange(20, 24))
     for b in range(4):
         assert batch.x0_BS[b].tolist() == samples.dataset[int(rows[b])].tolist()
         assert batch.alpha_B[b] == 1 - 0.999 * batch.t_B[b]

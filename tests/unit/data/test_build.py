@@ -32,20 +32,20 @@ def test_an_epoch_shows_every_row_once_and_another_seed_another_order(tiny_recip
     other = build_train_samples(config_with(tiny_recipe, run={"seed": 8}), CPU)
     ids = np.arange(len(samples.dataset))
     assert len(ids) > 100
-    assert sorted(samples.rows(ids)) == ids.tolist()
-    assert samples.rows(ids).tolist() != ids.tolist()
-    assert samples.rows(ids).tolist() != other.rows(ids).tolist()
+    assert sorted(samples.index.rows(ids)) == ids.tolist()
+    assert samples.index.rows(ids).tolist() != ids.tolist()
+    assert samples.index.rows(ids).tolist() != other.index.rows(ids).tolist()
     assert samples.streams == (Stream.TIME, Stream.NOISE)
 
 
 def test_held_out_rows_are_in_the_order_of_the_file_and_start_over(tiny_recipe: dict) -> None:
     samples = build_valid_samples(build_config(tiny_recipe), CPU)  # num_sequences: 20
     assert len(samples.dataset) > 20
-    assert samples.rows(np.arange(45)).tolist() == [*range(20), *range(20), *range(5)]
+    assert samples.index.rows(np.arange(45)).tolist() == [*range(20), *range(20), *range(5)]
     assert samples.streams == (Stream.EVAL_TIME, Stream.EVAL_NOISE)
     fewer = build_valid_samples(config_with(tiny_recipe, evaluation={"num_sequences": 10**6}), CPU)
     num_rows = len(fewer.dataset)
-    assert fewer.rows(np.array([0, num_rows - 1, num_rows])).tolist() == [0, num_rows - 1, 0]
+    assert fewer.index.rows(np.array([0, num_rows - 1, num_rows])).tolist() == [0, num_rows - 1, 0]
 
 
 def test_the_recipe_reaches_noise_schedule_and_times(tiny_recipe: dict) -> None:

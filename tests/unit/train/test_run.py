@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +49,15 @@ def finished(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 def test_a_run_leaves_its_recipe_metrics_and_checkpoint(finished: RunConfig) -> None:
     folder = Path(finished.run.output_dir) / finished.run.name
-    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "checkpoints"} <= {
+    assert {"recipe.yaml", "environment.jsonl", "metrics.jsonl", "checkpoints"} <= {
         path.name for path in folder.iterdir()
     }
     assert series(finished, "consumed_samples") == [8 * n for n in range(1, 7)]
     assert series(finished, "consumed_tokens") == [8 * 32 * n for n in range(1, 7)]
     assert find_latest(folder / "checkpoints").name == "step_00000006"
+    # The rate that each update took: the first of a warm-up takes none.
+    decay = [(1 + math.cos(math.pi * (n - 2) / 4)) / 2 for n in (3, 4, 5)]
+    assert series(finished, "train/lr") == pytest.approx([0, 2.5e-3, 5e-3, *(5e-3 * d for d in decay)])
     assert series(finished, "train/nelbo")[-1] < series(finished, "train/nelbo")[0]
     (perplexity,), (nelbo,) = (
         series(finished, f"eval/valid/{name}") for name in ("perplexity", "nelbo_per_token")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.unit.model.small import RECIPE, small_config
 from xdlm_megatron.config.load import ConfigError, load_recipe
-from xdlm_megatron.train.provenance import check_same_experiment, recipe_hash, write_provenance
+from xdlm_megatron.train.provenance import check_same_experiment, recipe_hash, record_start, write_recipe
 from xdlm_megatron.train.signals import StopRequest, catch_stop_signals
 from xdlm_megatron.train.state import TrainState
 
@@ -69,6 +69,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "data.seq_length": {"data": {"seq_length": 24}},
     "data.mask_id": {"data": {"mask_id": 0}},
     "optimizer.lr": {"optimizer": {"lr": 2e-2}},
+    "optimizer.use_distributed_optimizer": {"optimizer": {"use_distributed_optimizer": False}},
     "optimizer.ema_decay": {"optimizer": {"ema_decay": 0.5}},
     "lr_schedule.kind": {"lr_schedule": {"kind": "cosine"}},
     "train.num_steps": {"train": {"num_steps": 11}},
@@ -83,7 +84,6 @@ FREE: dict[str, dict[str, Any]] = {
         }
     },
     "micro-batch": {"train": {"micro_batch_size": 1}},
-    "sharding": {"optimizer": {"use_distributed_optimizer": False}},
     "moved data": {"data": {"train_prefix": "elsewhere/text", "tokenizer": "elsewhere/tokenizer.model"}},
     "padding": {"data": {"make_vocab_size_divisible_by": 128}},
     "intervals": {"checkpoint": {"save_interval": 3, "keep_last": 5}, "evaluation": {"interval": 7}},
@@ -94,7 +94,8 @@ FREE: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_provenance(tmp_path, small_config())
+    write_recipe(tmp_path, small_config())
+    record_start(tmp_path, small_config(), step=0, world_size=1)
     check_same_experiment(tmp_path, small_config())
     return tmp_path
 
@@ -132,7 +133,9 @@ def test_what_the_machine_decides_may_change(sections: dict, folder: Path) -> No
 
 def test_provenance_holds_the_whole_recipe_and_the_versions(folder: Path) -> None:
     assert load_recipe(folder / "recipe.yaml") == small_config()
-    environment = json.loads((folder / "environment.json").read_text())
+    record_start(folder, small_config(), step=5, world_size=2)
+    first, environment = map(json.loads, (folder / "environment.jsonl").read_text().splitlines())
+    assert (first["step"], environment["step"], environment["world_size"]) == (0, 5, 2)
     assert {"torch", "megatron-core", "numpy"} <= environment["packages"].keys()
     assert environment["packages"]["torch"].split(".")[0].isdigit()
     assert recipe_hash(small_config()) == recipe_hash(small_config(RECIPE))
