@@ -86,7 +86,7 @@ def test_stop_and_resume_change_no_bit(finished: RunConfig, tiny_recipe: dict, t
 
 
 def test_what_may_not_start_is_refused(finished: RunConfig, tiny_recipe: dict, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="holds a run already; add --resume"):
+    with pytest.raises(CheckpointError, match="holds a run; add --resume"):
         train(finished)
     with pytest.raises(CheckpointError, match="holds no run to resume; leave --resume out"):
         train(config_for(tiny_recipe, tmp_path), resume=True)
