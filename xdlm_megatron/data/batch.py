@@ -43,7 +43,7 @@ class Batch:
 class NoisedSamples:
     """Builds micro-batches. The same sample ids give the same bits on every rank, layout and resume.
 
-    index: a shuffle for training, the order of the file for evaluation.
+    index: a shuffle for training, an even spread for evaluation.
     streams: (times, noise), so that evaluation never touches training's randomness.
     """
 

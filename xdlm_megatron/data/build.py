@@ -12,7 +12,7 @@ from xdlm_megatron.data.batch import Index, NoisedSamples
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.data.packing import PackedDataset
-from xdlm_megatron.data.sampler import CyclicIndex, ShuffledIndex
+from xdlm_megatron.data.sampler import ShuffledIndex, SpreadIndex
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import SCHEDULES, Schedule
@@ -37,7 +37,7 @@ def build_train_samples(config: RunConfig, device: torch.device) -> NoisedSample
 
 
 def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSamples:
-    """Held-out samples in the order of the file; ids past its end start over with other noise.
+    """Held-out samples, spread over the text; ids past their number start over with other noise.
 
     Raises:
         DataError: data.valid_prefix is missing or does not fit the recipe.
@@ -46,7 +46,7 @@ def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSample
         raise DataError("data.valid_prefix is null, and evaluation needs held-out text; set it to a prefix")
     _check_vocabulary(config.data, config.data.valid_prefix)
     dataset = PackedDataset(config.data.valid_prefix, config.data.seq_length)
-    index = CyclicIndex(min(len(dataset), config.evaluation.num_sequences))
+    index = SpreadIndex(min(len(dataset), config.evaluation.num_sequences), len(dataset))
     return _noised(config, dataset, index, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device)
 
 

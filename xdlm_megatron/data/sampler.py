@@ -5,7 +5,7 @@ noise a sample gets and, through `ShuffledIndex`, which row of the dataset it sh
 save: a run resumes from one number, under any data-parallel size.
 """
 
-from dataclasses import dataclass
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,15 +46,24 @@ def micro_batch_ids(
     return consumed_samples + slots
 
 
-@dataclass(frozen=True)
-class CyclicIndex:
-    """The first `num_samples` rows in the order of the file, over and over."""
+class SpreadIndex:
+    """`num_samples` rows spread evenly over the dataset, each once a cycle and every cycle alike.
 
-    num_samples: int
+    Steps of the golden ratio (made coprime to the number of rows) pick and order them. Held-out samples stand
+    at noise times in this order, so that neighbouring times meet unrelated text.
+    """
+
+    def __init__(self, num_samples: int, num_rows: int) -> None:
+        """num_samples: at most num_rows."""
+        self.num_samples = num_samples
+        self._num_rows = num_rows
+        self._step = round(num_rows * (math.sqrt(5) - 1) / 2) or 1
+        while math.gcd(self._step, num_rows) > 1:
+            self._step += 1
 
     def rows(self, sample_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows of many ids, int64 of the same shape."""
-        return sample_ids % self.num_samples
+        return sample_ids % self.num_samples * self._step % self._num_rows
 
 
 class ShuffledIndex:

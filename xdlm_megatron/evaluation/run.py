@@ -33,7 +33,9 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
         evaluator = NelboEvaluator(config, mesh, samples, Objective(samples.noise, mesh), bytes_per_token)
         result = evaluator(chunks)
         if mesh.is_main:
-            held_out = np.stack([samples.dataset[i] for i in range(evaluator.num_sequences)])
+            held_out = np.stack(
+                [samples.dataset[int(row)] for row in samples.index.rows(np.arange(evaluator.num_sequences))]
+            )
             _report_evaluation(config, path, step, use_ema, result, unigram_entropy(held_out))
     return result
 

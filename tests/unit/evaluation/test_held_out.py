@@ -62,7 +62,8 @@ def test_equals_a_plain_loop(num_noise_draws: int, tiny_recipe: dict, mesh: Mesh
     values = torch.empty(num_noise_draws, 13, dtype=torch.float64)
     for index in range(total):
         batch = case.samples.build(np.array([index]), np.array([index]), total)
-        assert batch.x0_BS[0].tolist() == case.samples.dataset[index % 13].tolist()
+        (row,) = case.samples.index.rows(np.array([index % 13]))
+        assert batch.x0_BS[0].tolist() == case.samples.dataset[int(row)].tolist()
         with torch.no_grad():
             logits_BSV = model(batch.zt_BS).transpose(0, 1).double()
         rates = (batch.alpha_B, batch.beta_B, batch.dalpha_B)
