@@ -56,12 +56,7 @@ def vocab_parallel_nelbo(
     holds NaN. Raises ValueError on a layout that would need a copy, and on shards that do not cover the
     vocabulary.
     """
-    ranks = 1 if group is None else group.size()
-    if logits_BSP.shape[-1] * ranks < noise.vocab_size:
-        raise ValueError(
-            f"logits with {logits_BSP.shape[-1]} columns on {ranks} ranks do not cover "
-            f"vocab_size={noise.vocab_size}; pass every rank's shard and the tensor-parallel group"
-        )
+    check_shards(logits_BSP.shape[-1], noise, group)
     loss: Tensor = _VocabParallelNelbo.apply(
         logits_BSP, zt_BS, x0_BS, alpha_B, beta_B, dalpha_B, noise, group, grad_in_place
     )
@@ -95,26 +90,14 @@ class _VocabParallelNelbo(torch.autograd.Function):
         group: dist.ProcessGroup | None,
         grad_in_place: bool,
     ) -> Tensor:
-        transposed = _is_transposed(logits_BSP)
-        logits_NP = _rows(logits_BSP, transposed)
-        dtype = _compute_dtype(logits_BSP)
+        transposed = is_transposed(logits_BSP)
+        logits_NP = to_rows(logits_BSP, transposed)
+        dtype = compute_dtype(logits_BSP)
         first_id = 0 if group is None else dist.get_rank(group) * logits_NP.shape[1]
-        zt_N, x0_N = _tokens(zt_BS, transposed), _tokens(x0_BS, transposed)
+        zt_N, x0_N = to_tokens(zt_BS, transposed), to_tokens(x0_BS, transposed)
         rates = (per_token(x, dtype).expand(zt_BS.shape) for x in (alpha_B, beta_B, dalpha_B))
-        alpha_N, beta_N, dalpha_N = (_tokens(x, transposed) for x in rates)
-
-        stats_R4N = _gather_ranks(row_stats(logits_NP, zt_N, x0_N, first_id, noise), group)
-        top_N, total_N, rest_N, log_px_N, p_z_N = merge_stats(stats_R4N)
-        if noise.uniform_ratio == 0:
-            loss_N, terms = mask_noise_terms(top_N, total_N, log_px_N, zt_N, beta_N, dalpha_N, noise)
-        else:
-            scale_N = 1 / (total_N * noise.floor(alpha_N, beta_N))
-            sums_R2N = _gather_ranks(row_sums(logits_NP, x0_N, top_N, scale_N, first_id, noise), group)
-            T_N, s_N = sums_R2N.sum(0)
-            rates_N = (alpha_N, beta_N, dalpha_N)
-            p_N = (log_px_N.exp(), rest_N, p_z_N)
-            loss_N = density_from_scalars(*p_N, T_N, zt_N, x0_N, *rates_N, noise)
-            terms = grad_terms(top_N, scale_N, *p_N, s_N, zt_N, x0_N, *rates_N, noise)
+        alpha_N, beta_N, dalpha_N = (to_tokens(x, transposed) for x in rates)
+        loss_N, terms = shard_nelbo(logits_NP, zt_N, x0_N, alpha_N, beta_N, dalpha_N, noise, first_id, group)
         ctx.save_for_backward(logits_BSP, zt_N, x0_N, *terms)
         ctx.noise, ctx.first_id, ctx.transposed, ctx.grad_in_place = (
             noise,
@@ -122,19 +105,44 @@ class _VocabParallelNelbo(torch.autograd.Function):
             transposed,
             grad_in_place,
         )
-        return _untokens(loss_N, zt_BS.shape, transposed)
+        return from_tokens(loss_N, zt_BS.shape, transposed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_BS: Tensor) -> tuple[Tensor | None, ...]:
         logits_BSP, zt_N, x0_N, top_N, scale_N, *coefficients = ctx.saved_tensors
-        upstream_N = _tokens(grad_BS, ctx.transposed)
+        upstream_N = to_tokens(grad_BS, ctx.transposed)
         terms = GradTerms(top_N, scale_N, *(upstream_N * x_N for x_N in coefficients))
         # Writing through detach() bumps the version that saved_tensors checks: a second backward raises.
         grad_BSP = logits_BSP.detach() if ctx.grad_in_place else torch.empty_like(logits_BSP)
-        logits_NP, grad_NP = _rows(logits_BSP, ctx.transposed), _rows(grad_BSP, ctx.transposed)
+        logits_NP, grad_NP = to_rows(logits_BSP, ctx.transposed), to_rows(grad_BSP, ctx.transposed)
         row_grad(logits_NP, zt_N, x0_N, terms, upstream_N == 0, ctx.first_id, ctx.noise, out_NP=grad_NP)
         return grad_BSP, *(None,) * 8
+
+
+def shard_nelbo(
+    logits_NP: Tensor,
+    zt_N: Tensor,
+    x0_N: Tensor,
+    alpha_N: Tensor,
+    beta_N: Tensor,
+    dalpha_N: Tensor,
+    noise: StationaryNoise,
+    first_id: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[Tensor, GradTerms]:
+    """Loss [N], the same on every rank, and what row_grad needs; all the communication is in here."""
+    stats_R4N = _gather_ranks(row_stats(logits_NP, zt_N, x0_N, first_id, noise), group)
+    top_N, total_N, rest_N, log_px_N, p_z_N = merge_stats(stats_R4N)
+    if noise.uniform_ratio == 0:
+        return mask_noise_terms(top_N, total_N, log_px_N, zt_N, beta_N, dalpha_N, noise)
+    scale_N = 1 / (total_N * noise.floor(alpha_N, beta_N))
+    sums_R2N = _gather_ranks(row_sums(logits_NP, x0_N, top_N, scale_N, first_id, noise), group)
+    T_N, s_N = sums_R2N.sum(0)
+    rates_N = (alpha_N, beta_N, dalpha_N)
+    p_N = (log_px_N.exp(), rest_N, p_z_N)
+    loss_N = density_from_scalars(*p_N, T_N, zt_N, x0_N, *rates_N, noise)
+    return loss_N, grad_terms(top_N, scale_N, *p_N, s_N, zt_N, x0_N, *rates_N, noise)
 
 
 def row_stats(logits_NP: Tensor, zt_N: Tensor, x0_N: Tensor, first_id: int, noise: StationaryNoise) -> Tensor:
@@ -143,7 +151,7 @@ def row_stats(logits_NP: Tensor, zt_N: Tensor, x0_N: Tensor, first_id: int, nois
     The logits are -inf where another shard owns the id, or where it is the mask. x0 stays out of the sum so
     that 1 - p_x keeps its digits where p_x is near 1.
     """
-    stats_4N = torch.empty(4, logits_NP.shape[0], dtype=_compute_dtype(logits_NP), device=logits_NP.device)
+    stats_4N = torch.empty(4, logits_NP.shape[0], dtype=compute_dtype(logits_NP), device=logits_NP.device)
     for row, ids_N in ((3, zt_N), (2, x0_N)):
         index_N1, owned_N = _local(ids_N, first_id, logits_NP.shape[1])
         picked_N = logits_NP.gather(1, index_N1)[:, 0].to(stats_4N.dtype)
@@ -266,7 +274,7 @@ def _chunks(
     """
     N, P = logits_NP.shape
     size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // P)
-    scratch = torch.empty(2, min(size, N), P, dtype=_compute_dtype(logits_NP), device=logits_NP.device)
+    scratch = torch.empty(2, min(size, N), P, dtype=compute_dtype(logits_NP), device=logits_NP.device)
     mask_column = -1 if noise.mask_id is None else noise.mask_id - first_id
     padding = min(max(noise.vocab_size - first_id, 0), P)
     for start in range(0, N, size):
@@ -297,6 +305,16 @@ def _local(ids_N: Tensor, first_id: int, P: int) -> tuple[Tensor, Tensor]:
     return torch.where(owned_N, column_N, 0)[:, None], owned_N
 
 
+def check_shards(P: int, noise: StationaryNoise, group: dist.ProcessGroup | None) -> None:
+    """Raises ValueError unless every rank's P columns together cover the vocabulary."""
+    ranks = 1 if group is None else group.size()
+    if P * ranks < noise.vocab_size:
+        raise ValueError(
+            f"logits with {P} columns on {ranks} ranks do not cover "
+            f"vocab_size={noise.vocab_size}; pass every rank's shard and the tensor-parallel group"
+        )
+
+
 def _gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Stack every rank's tensor in rank order, [R, ...]."""
     if group is None or group.size() == 1:
@@ -306,33 +324,33 @@ def _gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered.view(group.size(), *local.shape)
 
 
-def _compute_dtype(logits: Tensor) -> torch.dtype:
+def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _is_transposed(logits_BSP: Tensor) -> bool:
+def is_transposed(logits_BSP: Tensor) -> bool:
     """Whether the logits are stored as [S, B, P], as Megatron makes them."""
     if logits_BSP.is_contiguous():
         return False
     if logits_BSP.transpose(0, 1).is_contiguous():
         return True
     raise ValueError(
-        f"logits of shape {tuple(logits_BSP.shape)} with strides {logits_BSP.stride()} must be contiguous "
-        "as [B, S, P] or as [S, B, P]; call .contiguous() on them, at the price of a copy"
+        f"logits (or hidden states) of shape {tuple(logits_BSP.shape)} with strides {logits_BSP.stride()} "
+        "must be contiguous as [B, S, P] or as [S, B, P]; call .contiguous() on them, at the price of a copy"
     )
 
 
-def _rows(x_BSP: Tensor, transposed: bool) -> Tensor:
+def to_rows(x_BSP: Tensor, transposed: bool) -> Tensor:
     """[B, S, P] as [N, P] in storage order: always a view."""
     x_BSP = x_BSP.detach()
     return (x_BSP.transpose(0, 1) if transposed else x_BSP).view(-1, x_BSP.shape[-1])
 
 
-def _tokens(x_BS: Tensor, transposed: bool) -> Tensor:
+def to_tokens(x_BS: Tensor, transposed: bool) -> Tensor:
     """[B, S] as [N] in the logits' storage order."""
     return (x_BS.transpose(0, 1) if transposed else x_BS).reshape(-1)
 
 
-def _untokens(x_N: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
+def from_tokens(x_N: Tensor, shape: torch.Size, transposed: bool) -> Tensor:
     """[N] in storage order back to [B, S]."""
     return x_N.view(shape[1], shape[0]).transpose(0, 1) if transposed else x_N.view(shape)
