@@ -11,8 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.machinery
+import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -112,20 +113,6 @@ def torch_view() -> _View:
     return _View(torch, cuda=cuda, autocast=_autocast, **factories)
 
 
-@contextlib.contextmanager
-def _fork(self: Any, name: str = "model-parallel-rng") -> Iterator[None]:
-    """RNG tracker's fork, less its check that the CPU state stays put: here that is the state that forks."""
-    if name not in self.states_:
-        raise KeyError(f"rng state {name} is not added")
-    before = torch.get_rng_state()
-    torch.set_rng_state(self.states_[name])
-    try:
-        yield
-    finally:
-        self.states_[name] = torch.get_rng_state()
-        torch.set_rng_state(before)
-
-
 def _rebind(module: ModuleType) -> None:
     """Gives one of megatron.core's modules the view."""
     if module.__dict__.get("torch") is torch:
@@ -134,9 +121,8 @@ def _rebind(module: ModuleType) -> None:
         names = module.__dict__
         names["_get_cuda_rng_state"] = _get_rng_state
         names["_set_cuda_rng_state"] = _set_rng_state
-        names["CudaRNGStatesTracker"] = type(
-            "CpuRNGStatesTracker", (names["CudaRNGStatesTracker"],), {"fork": _fork}
-        )
+        # The tracker's fork warns when the CPU's state moves, which here is the state that forks.
+        logging.getLogger(module.__name__).addFilter(lambda record: "CPU RNG state" not in record.msg)
 
 
 class _RebindingFinder:
@@ -176,6 +162,8 @@ def _type_of(real: Callable[..., Any]) -> Callable[..., Any]:
 
 def install() -> None:
     """Installs the view in all of megatron.core, imported already or later."""
+    if _RebindingFinder in sys.meta_path:
+        return
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _type_of(torch.Tensor.type)  # type: ignore[method-assign]
     for name, module in list(sys.modules.items()):
