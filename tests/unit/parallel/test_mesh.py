@@ -1,0 +1,134 @@
+"""Processes and groups: a world of one here, two processes through the environment that torchrun sets."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from xdlm_megatron.parallel.mesh import open_mesh
+
+
+@pytest.fixture(autouse=True)
+def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_world_of_one() -> None:
+    with open_mesh() as mesh:
+        assert (mesh.rank, mesh.world_size, mesh.data_parallel_rank, mesh.data_parallel_size) == (0, 1, 0, 1)
+        assert mesh.is_main
+        assert mesh.is_loss_rank
+        assert mesh.num_chunks == 1
+        assert mesh.is_first_stage(0)
+        assert mesh.is_last_stage(0)
+        assert mesh.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+        mesh.barrier()
+    assert not dist.is_initialized()
+
+
+def test_messages_in_a_world_of_one() -> None:
+    with open_mesh() as mesh:
+        values = torch.tensor([1.5, 2.0], device=mesh.device)
+        assert mesh.reduce_sum(values) is values
+        assert values.tolist() == [1.5, 2.0]
+        assert mesh.any(True) is True
+        assert mesh.any(False) is False
+
+
+@pytest.mark.parametrize(("tensor", "pipeline", "product"), [(2, 1, 2), (1, 3, 3), (2, 2, 4)])
+def test_sizes_that_do_not_fit(tensor: int, pipeline: int, product: int) -> None:
+    with (
+        pytest.raises(
+            ValueError, match=f"world size 1 must be a multiple of .*= {product}; start {product} or"
+        ),
+        open_mesh(tensor, pipeline),
+    ):
+        raise AssertionError("the mesh opened")
+    assert not dist.is_initialized()
+    with open_mesh() as mesh:  # nothing is left behind
+        assert mesh.world_size == 1
+
+
+def test_an_error_inside_closes_the_mesh() -> None:
+    with pytest.raises(ZeroDivisionError), open_mesh():
+        1 / 0  # noqa: B018
+    assert not dist.is_initialized()
+
+
+def test_a_process_group_that_was_there_stays() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with open_mesh() as mesh:
+            assert mesh.world_size == 1
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
+PROGRAM = """
+import json, torch, xdlm_megatron.parallel
+from xdlm_megatron.parallel.mesh import open_mesh
+torch.distributed.init_process_group("gloo")  # once: a second rendezvous at the same port may meet the first
+seen = []
+for sizes in ((1, 1), (2, 1), (1, 2), (1, 2, 2)):
+    with open_mesh(*sizes) as mesh:
+        rank, chunks = mesh.rank, range(mesh.num_chunks)
+        total = mesh.reduce_sum(torch.tensor([rank + 1.0])).item()
+        seen.append([
+            mesh.world_size, mesh.data_parallel_rank, mesh.data_parallel_size, mesh.is_main,
+            mesh.is_loss_rank, [mesh.is_first_stage(c) for c in chunks],
+            [mesh.is_last_stage(c) for c in chunks], total, mesh.any(rank == 1), mesh.any(False),
+        ])
+        mesh.barrier()
+torch.distributed.destroy_process_group()
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.distributed
+def test_two_processes() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    shared["CUDA_VISIBLE_DEVICES"] = ""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env={**os.environ, **shared, "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    yes, no = [True], [False]
+    told = [3.0, True, False]
+    assert first[0] == [2, 0, 2, True, True, yes, yes, *told]
+    assert second[0] == [2, 1, 2, False, True, yes, yes, *told]  # each replica counts its own loss
+    assert first[1] == [2, 0, 1, True, True, yes, yes, *told]
+    assert second[1] == [2, 0, 1, False, False, yes, yes, *told]  # tensor parallel: the first counts
+    assert first[2] == [2, 0, 1, True, False, yes, no, *told]
+    assert second[2] == [2, 0, 1, False, True, no, yes, *told]  # pipeline: the last stage counts
+    assert first[3] == [2, 0, 1, True, False, [True, False], [False, False], *told]
+    assert second[3] == [2, 0, 1, False, True, [False, False], [False, True], *told]
