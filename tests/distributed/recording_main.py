@@ -1,12 +1,11 @@
 """`python -m xdlm_megatron` that also records every noised sample it builds, for tests that compare layouts.
 
-Writes {sample id: digest of z_t and t} to $RECORD_DIR/<rank>.json.
+Writes {sample id: {first position: [t, z_t ...]}} to $RECORD_DIR/<rank>.json.
 """
 
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import os
 import sys
@@ -17,7 +16,7 @@ from xdlm_megatron.__main__ import main
 from xdlm_megatron.data.batch import Batch, NoisedSamples
 from xdlm_megatron.diffusion.counter_rng import Stream
 
-seen: dict[int, str] = {}
+seen: dict[str, dict[int, list]] = {}
 build = NoisedSamples.build
 
 
@@ -25,8 +24,8 @@ def recording_build(self, sample_ids, slots, batch_size) -> Batch:
     batch = build(self, sample_ids, slots, batch_size)
     if self.streams[0] is Stream.TIME:
         for row, sample_id in enumerate(sample_ids):
-            bits = batch.zt_BS[row].numpy().tobytes() + batch.t_B[row].numpy().tobytes()
-            seen[int(sample_id)] = hashlib.sha256(bits).hexdigest()
+            pieces = seen.setdefault(str(sample_id), {})
+            pieces[self.positions.start or 0] = [float(batch.t_B[row]).hex(), *batch.zt_BS[row].tolist()]
     return batch
 
 

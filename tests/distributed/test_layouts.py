@@ -14,6 +14,7 @@ pytestmark = pytest.mark.distributed
 PROGRAM = (str(Path(__file__).with_name("recording_main.py")),)
 TP = "parallel.tensor_model_parallel_size=2"
 PP = "parallel.pipeline_model_parallel_size=2"
+CP = "parallel.context_parallel_size=2"
 LAYOUTS = {
     "tp2": (2, [TP]),
     "tp2-sp": (2, [TP, "parallel.sequence_parallel=true"]),
@@ -22,6 +23,9 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2-plain-optimizer": (2, ["optimizer.use_distributed_optimizer=false"]),
     "tp2-pp2-sp": (4, [TP, PP, "parallel.sequence_parallel=true"]),
+    "cp2": (2, [CP]),
+    "tp2-cp2-sp": (4, [TP, CP, "parallel.sequence_parallel=true"]),
+    "pp2-cp2": (4, [PP, CP]),
 }
 
 
@@ -32,16 +36,24 @@ def run(folder: Path, recipe: dict, name: str, num_processes: int, overrides: li
         patch.setenv("RECORD_DIR", str(record))
         launch(num_processes, "train", write_recipe(folder, recipe, name), overrides, PROGRAM)
     metrics = folder / "runs" / name / "metrics.jsonl"
-    seen: dict[str, str] = {}
+    seen: dict[str, dict[str, list]] = {}
     for path in record.iterdir():
-        for sample_id, digest in json.loads(path.read_text()).items():
-            assert seen.setdefault(sample_id, digest) == digest, "two ranks noised a sample differently"
+        for sample_id, pieces in json.loads(path.read_text()).items():
+            known = seen.setdefault(sample_id, {})
+            for start, piece in pieces.items():
+                assert known.setdefault(start, piece) == piece, "two ranks noised a sample differently"
     return {
         "nelbo": read_series(metrics, "train/nelbo"),
         "grad_norm": read_series(metrics, "train/grad_norm"),
         "held_out": read_series(metrics, "eval/valid/nelbo_per_token"),
-        "samples": seen,
+        "samples": {sample_id: join(pieces) for sample_id, pieces in seen.items()},
     }
+
+
+def join(pieces: dict[str, list]) -> tuple[str, list[int]]:
+    """t and the whole z_t of a sample from the slices of the context-parallel ranks."""
+    (t,) = {piece[0] for piece in pieces.values()}
+    return t, [token for start in sorted(pieces, key=int) for token in pieces[start][1:]]
 
 
 @pytest.fixture(scope="module")

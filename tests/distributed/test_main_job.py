@@ -13,6 +13,8 @@ from tests.distributed.launch import launch, read_series, write_recipe
 pytestmark = pytest.mark.distributed
 
 TP = "parallel.tensor_model_parallel_size=2"
+PP = "parallel.pipeline_model_parallel_size=2"
+CP = "parallel.context_parallel_size=2"
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +74,10 @@ def test_samples_do_not_depend_on_the_layout(trained: tuple[Path, Path]) -> None
     recipe, _ = trained
     ask = ["--steps", "6", "--num-samples", "2", "--prompt", "To be", "--trace", "3"]
     texts = []
-    for num_processes, layout in ((1, []), (2, [TP]), (2, ["parallel.pipeline_model_parallel_size=2"])):
+    for num_processes, layout in ((1, []), (2, [TP]), (2, [PP]), (2, [CP])):
         output = launch(num_processes, "sample", recipe, [*layout, *ask])
         assert "6 steps, 7 network calls" in output
         assert len(re.findall(r"unigram entropy \d\.\d+ nats", output)) == 2
         texts.append(output[output.index("--- sample 1") :].split("\nW1", 1)[0].strip())
     assert texts[0].splitlines()[1].startswith("To be")
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1] == texts[2] == texts[3]

@@ -48,19 +48,29 @@ def kv_channels(config: RunConfig) -> int:
 
 
 def model_parallel_size(config: RunConfig) -> int:
-    return config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size
+    """Processes that hold one replica of the model or of a sequence."""
+    parallel = config.parallel
+    return (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
 
 
 def data_parallel_size(
-    world_size: int, tensor_model_parallel_size: int, pipeline_model_parallel_size: int
+    world_size: int,
+    tensor_model_parallel_size: int,
+    pipeline_model_parallel_size: int,
+    context_parallel_size: int = 1,
 ) -> int:
     """Replicas of the model among `world_size` processes. Raises ValueError where the layout does not fit."""
-    size = tensor_model_parallel_size * pipeline_model_parallel_size
+    size = tensor_model_parallel_size * pipeline_model_parallel_size * context_parallel_size
     if world_size < 1 or world_size % size:
         raise ValueError(
             f"world size {world_size} must be a multiple of parallel.tensor_model_parallel_size * "
-            f"parallel.pipeline_model_parallel_size = {tensor_model_parallel_size} * "
-            f"{pipeline_model_parallel_size} = {size}; start {size} or {2 * size} processes (torchrun "
+            f"parallel.pipeline_model_parallel_size * parallel.context_parallel_size = "
+            f"{tensor_model_parallel_size} * {pipeline_model_parallel_size} * {context_parallel_size} = "
+            f"{size}; start {size} or {2 * size} processes (torchrun "
             f"--nproc-per-node {size}), or change the layout"
         )
     return world_size // size
@@ -107,7 +117,10 @@ def derive(config: RunConfig, world_size: int) -> Derived:
     """
     parallel, train = config.parallel, config.train
     replicas = data_parallel_size(
-        world_size, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+        world_size,
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
     )
     unit = train.micro_batch_size * replicas
     if train.global_batch_size % unit:

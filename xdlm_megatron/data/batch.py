@@ -5,7 +5,7 @@ Shapes: B micro-batch, S sequence.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -45,6 +45,7 @@ class NoisedSamples:
 
     index: a shuffle for training, an even spread for evaluation.
     streams: (times, noise), so that evaluation never touches training's randomness.
+    positions: of every sample, those that this context-parallel rank holds.
     """
 
     dataset: PackedDataset
@@ -55,16 +56,18 @@ class NoisedSamples:
     t_min: float
     streams: tuple[Stream, Stream]
     device: torch.device
+    positions: slice = field(default_factory=lambda: slice(None))
 
     def build(self, sample_ids: NDArray[np.int64], slots: NDArray[np.int64], batch_size: int) -> Batch:
         """The micro-batch of `sample_ids`, which stand at `slots` of a global batch of `batch_size`."""
         time_stream, noise_stream = self.streams
-        x0_BS = torch.from_numpy(np.stack([self.dataset[int(row)] for row in self.index.rows(sample_ids)]))
+        rows = self.index.rows(sample_ids)
+        x0_BS = torch.from_numpy(np.stack([self.dataset[int(row)][self.positions] for row in rows]))
         x0_BS = x0_BS.to(self.device, non_blocking=True)
         id_B = torch.from_numpy(sample_ids).to(self.device)
         slot_B = torch.from_numpy(slots).to(self.device)
         t_B = stratified_t((self.seed, time_stream), id_B, slot_B, batch_size, self.t_min)
         alpha_B = self.schedule.alpha(t_B)
-        position_S = torch.arange(x0_BS.shape[1], device=self.device)
+        position_S = torch.arange(self.dataset.seq_length, device=self.device)[self.positions]
         zt_BS = self.noise.corrupt(x0_BS, alpha_B, (self.seed, noise_stream), (id_B[:, None], position_S))
         return Batch(x0_BS, zt_BS, t_B, alpha_B, self.schedule.beta(t_B), self.schedule.dalpha(t_B))

@@ -17,6 +17,8 @@ from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import SCHEDULES, Schedule
 
+WHOLE = slice(None)
+
 
 def build_noise(config: RunConfig) -> StationaryNoise:
     """The recipe's noise kernel."""
@@ -28,15 +30,19 @@ def build_schedule(section: Diffusion) -> Schedule:
     return SCHEDULES[section.schedule](alpha_min=section.alpha_min)
 
 
-def build_train_samples(config: RunConfig, device: torch.device) -> NoisedSamples:
-    """Training samples in shuffled order, with training's noise. Raises DataError."""
+def build_train_samples(
+    config: RunConfig, device: torch.device, positions: slice = WHOLE
+) -> NoisedSamples:
+    """Training samples in shuffled order, with training's noise; `positions` of each. Raises DataError."""
     _check_vocabulary(config.data, config.data.train_prefix)
     dataset = PackedDataset(config.data.train_prefix, config.data.seq_length)
     index = ShuffledIndex(len(dataset), config.run.seed)
-    return _noised(config, dataset, index, (Stream.TIME, Stream.NOISE), device)
+    return _noised(config, dataset, index, (Stream.TIME, Stream.NOISE), device, positions)
 
 
-def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSamples:
+def build_valid_samples(
+    config: RunConfig, device: torch.device, positions: slice = WHOLE
+) -> NoisedSamples:
     """Held-out samples, spread over the text; ids past their number start over with other noise.
 
     Raises:
@@ -47,7 +53,7 @@ def build_valid_samples(config: RunConfig, device: torch.device) -> NoisedSample
     _check_vocabulary(config.data, config.data.valid_prefix)
     dataset = PackedDataset(config.data.valid_prefix, config.data.seq_length)
     index = SpreadIndex(min(len(dataset), config.evaluation.num_sequences), len(dataset))
-    return _noised(config, dataset, index, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device)
+    return _noised(config, dataset, index, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device, positions)
 
 
 def _noised(
@@ -56,6 +62,7 @@ def _noised(
     index: Index,
     streams: tuple[Stream, Stream],
     device: torch.device,
+    positions: slice,
 ) -> NoisedSamples:
     return NoisedSamples(
         dataset=dataset,
@@ -66,6 +73,7 @@ def _noised(
         t_min=config.diffusion.t_min,
         streams=streams,
         device=device,
+        positions=positions,
     )
 
 

@@ -98,8 +98,8 @@ def generate(
 def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[Tensor], Tensor]:
     """z_t [B, S] -> logits [B, S, V], the same on every process.
 
-    Logits are gathered over the tensor-parallel group and broadcast from the last pipeline stage, so each
-    process draws the same tokens from the same counters without further messages.
+    Logits are gathered over the tensor- and context-parallel groups and broadcast from the last pipeline
+    stage, so each process draws the same tokens from the same counters without further messages.
     """
     for chunk in chunks:
         chunk.eval()
@@ -109,10 +109,11 @@ def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[
 
     @torch.no_grad()
     def denoise(zt_BS: Tensor) -> Tensor:
+        own_BS = zt_BS[:, mesh.sequence_slice(zt_BS.shape[1])]
         outputs = run_schedule(
             forward_step,
             chunks,
-            batches=lambda: iter([_Input(zt_BS)] * num_microbatches),
+            batches=lambda: iter([_Input(own_BS)] * num_microbatches),
             num_microbatches=num_microbatches,
             micro_batch_size=zt_BS.shape[0],
             seq_length=zt_BS.shape[1],
@@ -127,14 +128,21 @@ def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[
 
 
 def _share_logits(logits_SBP: Tensor | None, zt_BS: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
-    tp, pp = mesh.groups.tp, mesh.groups.pp
-    B, S = zt_BS.shape
+    groups = mesh.groups
     if logits_SBP is not None:
-        shards = [torch.empty_like(logits_SBP) for _ in range(tp.size())]
-        dist.all_gather(shards, logits_SBP.contiguous(), group=tp)
-        logits_BSV = torch.cat(shards, dim=-1)[..., :vocab_size].transpose(0, 1).float().contiguous()
+        logits_SBV = _gather(logits_SBP, groups.tp, dim=-1)[..., :vocab_size].float()
+        logits_BSV = _gather(logits_SBV, groups.cp, dim=0).transpose(0, 1).contiguous()
     else:
-        logits_BSV = torch.empty(B, S, vocab_size, device=zt_BS.device)
-    if pp.size() > 1:
-        dist.broadcast(logits_BSV, src=dist.get_process_group_ranks(pp)[-1], group=pp)
+        logits_BSV = torch.empty(*zt_BS.shape, vocab_size, device=zt_BS.device)
+    if groups.pp.size() > 1:
+        dist.broadcast(logits_BSV, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
     return logits_BSV
+
+
+def _gather(shard: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    if group.size() == 1:
+        return shard
+    shard = shard.contiguous()
+    shards = [torch.empty_like(shard) for _ in range(group.size())]
+    dist.all_gather(shards, shard, group=group)
+    return torch.cat(shards, dim=dim)

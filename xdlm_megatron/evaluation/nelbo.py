@@ -56,7 +56,7 @@ class NelboEvaluator:
         """All processes call it; all get the result. The chunks come back in the mode they were in."""
         mesh, micro_batch_size = self.mesh, self.config.train.micro_batch_size
         total = self.num_sequences * self.config.evaluation.num_noise_draws
-        # Sequences of the whole evaluation, filled by the rank that saw them, then summed over all.
+        # Sequences of the whole evaluation, each filled by the ranks that saw it, then summed over all.
         nelbo = torch.zeros(total, dtype=torch.float64, device=mesh.device)
         per_round = micro_batch_size * mesh.data_parallel_size
         num_microbatches = math.ceil(total / per_round)
@@ -80,7 +80,7 @@ class NelboEvaluator:
             for index, output in enumerate(outputs):
                 slots = self._slots(index)
                 wanted = torch.from_numpy(slots < total)
-                nelbo[torch.from_numpy(slots)[wanted]] = output["nelbo_per_sequence"][wanted].double()
+                nelbo[torch.from_numpy(slots)[wanted]] += output["nelbo_per_sequence"][wanted].double()
         return self._result(mesh.reduce_sum(nelbo))
 
     def _slots(self, index: int) -> np.ndarray:

@@ -28,7 +28,7 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
     """Prints the held-out NELBO of a checkpoint and writes it to `evaluations/` of the run folder."""
     path = choose_checkpoint(config, checkpoint)
     with _restored(config, path, use_ema) as (mesh, chunks, step):
-        samples = build_valid_samples(config, mesh.device)
+        samples = build_valid_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
         bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
         evaluator = NelboEvaluator(config, mesh, samples, Objective(samples.noise, mesh), bytes_per_token)
         result = evaluator(chunks)
@@ -73,6 +73,7 @@ def _restored(
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         parallel.distributed_timeout_minutes,
+        parallel.context_parallel_size,
     ) as mesh:
         derive(config, mesh.world_size)  # refuses a layout that does not fit the processes
         chunks, step = restore_model(config, mesh, path, use_ema)

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class SDPAttention(MegatronModule):
-    """Megatron-Core's `core_attention`: full attention, grouped queries, on CPU and CUDA.
+    """Megatron-Core's `core_attention`: full attention, grouped queries, context parallel, on CPU and CUDA.
 
     Upstream's local DotProductAttention keeps the [B, N, S, S] scores; the flash or memory-efficient kernels
     behind SDPA do not (on a CPU, attention dropout still makes them).
@@ -28,9 +29,11 @@ class SDPAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: Any,
     ) -> None:
         super().__init__(config=config)
+        self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
 
@@ -48,6 +51,10 @@ class SDPAttention(MegatronModule):
                 "attention_mask must be None: attention is full here; pack whole sequences instead"
             )
         S, B, N, D = query_SBND.shape
+        if self.context_group is not None:  # rotated already, so every slice may see them as they come
+            gather = tensor_parallel.gather_from_sequence_parallel_region
+            key_SBGD = gather(key_SBGD, group=self.context_group)
+            value_SBGD = gather(value_SBGD, group=self.context_group)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
         grouped = key.shape[1] != N
         if self.training and self.dropout:

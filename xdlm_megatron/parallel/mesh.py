@@ -45,6 +45,11 @@ class Mesh:
     def data_parallel_size(self) -> int:
         return self.groups.dp.size()
 
+    def sequence_slice(self, seq_length: int) -> slice:
+        """The positions of each sequence that this context-parallel rank holds."""
+        size = seq_length // self.groups.cp.size()
+        return slice(self.groups.cp.rank() * size, (self.groups.cp.rank() + 1) * size)
+
     @property
     def num_chunks(self) -> int:
         """Model chunks that this process holds."""
@@ -52,7 +57,7 @@ class Mesh:
 
     @property
     def is_loss_rank(self) -> bool:
-        """Last pipeline stage, first of its tensor-parallel group: counts each loss once."""
+        """Last pipeline stage, first of its tensor-parallel group: counts each token's loss once."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1 and self.groups.tp.rank() == 0
 
     def is_first_stage(self, chunk: int) -> bool:
@@ -82,6 +87,7 @@ def open_mesh(
     pipeline_model_parallel_size: int = 1,
     virtual_pipeline_model_parallel_size: int | None = None,
     distributed_timeout_minutes: float = 10.0,
+    context_parallel_size: int = 1,
 ) -> Iterator[Mesh]:
     """Starts torch.distributed (NCCL with CUDA, gloo without) and Megatron's groups; closes them at the end.
 
@@ -104,11 +110,17 @@ def open_mesh(
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
     try:
-        data_parallel_size(dist.get_world_size(), tensor_model_parallel_size, pipeline_model_parallel_size)
+        data_parallel_size(
+            dist.get_world_size(),
+            tensor_model_parallel_size,
+            pipeline_model_parallel_size,
+            context_parallel_size,
+        )
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size,
             pipeline_model_parallel_size,
             virtual_pipeline_model_parallel_size,
+            context_parallel_size=context_parallel_size,
             distributed_timeout_minutes=distributed_timeout_minutes,
             create_gloo_process_groups=False,
         )

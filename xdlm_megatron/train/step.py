@@ -100,7 +100,7 @@ class TrainStep:
         if self.mesh.is_loss_rank:
             for output in outputs:
                 total[0] += output["nelbo_per_sequence"].double().sum()
-                total[1] += output["nelbo_per_sequence"].numel() * self.config.data.seq_length
+                total[1] += output["num_tokens"]
         return total
 
     def _seed_dropout(self, step: int) -> None:
@@ -110,7 +110,8 @@ class TrainStep:
         """
         model = self.config.model
         if model.hidden_dropout or model.attention_dropout:
-            ranks = f"{self.mesh.data_parallel_rank}/{self.mesh.groups.pp.rank()}"
+            groups = self.mesh.groups
+            ranks = f"{groups.dp.rank()}/{groups.pp.rank()}/{groups.cp.rank()}"
             place = f"{self.config.run.seed}/{step}/{ranks}"
             digest = hashlib.blake2b(place.encode(), digest_size=4).digest()
             seed_model_parallel_rng(int.from_bytes(digest, "little") >> 1)
