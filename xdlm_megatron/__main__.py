@@ -67,6 +67,8 @@ def _world_size() -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    if options.allow_fallback and not options.resume:
+        return _fail("--allow-fallback has no effect without --resume; add it, or leave both out")
     config = _load(options)
     # First, so that the patches of Megatron-Core are in place when the rest imports it.
     import xdlm_megatron.parallel  # noqa: F401
@@ -74,7 +76,7 @@ def _train(options: argparse.Namespace) -> int:
     from xdlm_megatron.train.run import train
 
     try:
-        train(config, resume=options.resume)
+        train(config, resume=options.resume, allow_fallback=options.allow_fallback)
     except TrainingError as error:
         _fail(str(error))
         return 1
@@ -179,6 +181,11 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verb("train", _train, "train; start it with torchrun for several processes")
     train.add_argument("--resume", action="store_true", help="go on from the run folder's latest checkpoint")
+    train.add_argument(
+        "--allow-fallback",
+        action="store_true",
+        help="with --resume: where that one is damaged, go on from the newest whole one before it",
+    )
 
     for name, run, summary in (
         ("evaluate", _evaluate, "held-out negative ELBO of a trained run"),

@@ -9,6 +9,7 @@ from megatron.core.transformer.module import MegatronModule
 from xdlm_megatron.checkpoint.contents import model_state
 from xdlm_megatron.checkpoint.save_load import (
     CheckpointError,
+    check_whole,
     find_latest,
     load_checkpoint,
     load_plain_values,
@@ -44,8 +45,10 @@ def restore_model(
     """The model chunks with the checkpoint's weights (their average with `use_ema`), and its step.
 
     Raises:
-        CheckpointError: the average is asked for and was never kept, or the model is another one.
+        CheckpointError: a file is damaged, the average is asked for and was never kept, or the model is
+            another one.
     """
+    check_whole(path, mesh)
     plain = load_plain_values(path)
     _check_same_model(config, plain["recipe"], path)
     if use_ema and "ema_updates" not in plain:

@@ -11,7 +11,7 @@ from megatron.core.transformer.module import MegatronModule
 from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
 from xdlm_megatron.checkpoint.save_load import (
     CheckpointError,
-    find_latest,
+    choose_start,
     list_checkpoints,
     load_checkpoint,
     load_plain_values,
@@ -67,8 +67,9 @@ class Run:
     def save(self, state: TrainState) -> Path:
         """Writes a checkpoint of the run at `state`."""
         values = self._sharded_state(is_loading=False) | self._plain_values(state)
+        kept = self.config.checkpoint
         return save_checkpoint(
-            self.folder / CHECKPOINTS, state.step, values, self.mesh, self.config.checkpoint.keep_last
+            self.folder / CHECKPOINTS, state.step, values, self.mesh, kept.keep_last, kept.keep_every
         )
 
     def load(self, path: Path) -> TrainState:
@@ -119,8 +120,10 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     return Run(config, derived, mesh, run_folder(config), chunks, step, evaluator)
 
 
-def train(config: RunConfig, resume: bool = False) -> str:
+def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False) -> str:
     """Trains until the recipe's end, a signal or train.stop_after_step; returns "finished" or "stopped".
+
+    allow_fallback: where the latest checkpoint is damaged, resume from the newest whole one before it.
 
     Raises:
         ConfigError, DataError, CheckpointError, ValueError: the user's to mend, with the cure in the message.
@@ -137,7 +140,7 @@ def train(config: RunConfig, resume: bool = False) -> str:
                 parallel.distributed_timeout_minutes,
             )
         )
-        start = _choose_start(config, resume)
+        start = _choose_start(config, mesh, resume, allow_fallback)
         run = build_run(config, mesh)
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
@@ -181,7 +184,7 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
     )
 
 
-def _choose_start(config: RunConfig, resume: bool) -> Path | None:
+def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: bool) -> Path | None:
     """The checkpoint to go on from. A run folder is never overwritten and never restarted in silence."""
     folder = run_folder(config)
     checkpoints = folder / CHECKPOINTS
@@ -192,14 +195,14 @@ def _choose_start(config: RunConfig, resume: bool) -> Path | None:
     if not resume:
         raise CheckpointError(f"{folder} holds a run; add --resume to go on, or choose another run.name")
     check_same_experiment(folder, config)
-    latest = find_latest(checkpoints)
-    if latest is None:
+    start = choose_start(checkpoints, mesh, allow_fallback)
+    if start is None:
         left = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"
         raise CheckpointError(
             f"{checkpoints} has no 'latest' (whole checkpoints there: {left}); "
             "the run never saved: remove the folder to start over"
         )
-    return latest
+    return start
 
 
 def _build_tracker(run: Run, state: TrainState) -> Tracker:

@@ -133,6 +133,14 @@ def test_keeps_the_newest_in_the_order_of_steps(
     assert step_of(find_latest(tmp_path)) == 100_000_000
 
 
+def test_multiples_of_keep_every_stay(tmp_path: Path, mesh: Mesh, writer: FakeWriter) -> None:
+    for step in range(100, 700, 100):
+        save_checkpoint(tmp_path, step, {"step": step}, mesh, 1, keep_every=200)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [200, 400, 600]
+    save_checkpoint(tmp_path, 650, {"step": 650}, mesh, 1, keep_every=200)
+    assert [step_of(p) for p in list_checkpoints(tmp_path)] == [200, 400, 600, 650]
+
+
 def test_going_back_to_an_older_checkpoint_loses_neither_branch(
     tmp_path: Path, mesh: Mesh, writer: FakeWriter
 ) -> None:
@@ -152,7 +160,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, mesh: Mesh, w
     path = save(tmp_path, 7, mesh)
     (path / "stray").write_text("of the first writing")
     save(tmp_path, 7, mesh)
-    assert sorted(p.name for p in path.iterdir()) == ["first_half", "second_half"]
+    assert sorted(p.name for p in path.iterdir()) == ["first_half", "manifest.json", "second_half"]
 
 
 def test_latest_that_names_nothing_is_refused_with_what_is_there(
