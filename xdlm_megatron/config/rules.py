@@ -23,6 +23,7 @@ OWNED_MCORE_FIELDS = {
     "tensor_model_parallel_size": "parallel.tensor_model_parallel_size",
     "pipeline_model_parallel_size": "parallel.pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size": "parallel.virtual_pipeline_model_parallel_size",
+    "context_parallel_size": "parallel.context_parallel_size",
     "sequence_parallel": "parallel.sequence_parallel",
     "params_dtype": "precision.dtype",
     "pipeline_dtype": "precision.dtype",
@@ -37,7 +38,6 @@ FIXED_MCORE_FIELDS = {
     "activation_func": "the model is SwiGLU",
     "normalization": "the model uses RMSNorm",
     "add_bias_linear": "the model has no biases",
-    "context_parallel_size": "context parallelism is not supported yet",
     "num_moe_experts": "experts are not supported yet",
     "expert_model_parallel_size": "experts are not supported yet",
 }
@@ -98,10 +98,13 @@ def _parallel_contradictions(config: RunConfig) -> Iterator[str]:
         )
     if parallel.sequence_parallel and tp == 1:
         yield f"parallel.sequence_parallel=true has no effect at {tp_knob}; turn it off or split tensors"
-    if parallel.sequence_parallel and config.data.seq_length % tp:
+    cp = parallel.context_parallel_size
+    slices = cp * (tp if parallel.sequence_parallel else 1)
+    if config.data.seq_length % slices:
         yield (
-            f"data.seq_length={config.data.seq_length} must be a multiple of {tp_knob} with "
-            "parallel.sequence_parallel=true; change one of them"
+            f"data.seq_length={config.data.seq_length} must be a multiple of its {slices} slices "
+            f"(parallel.context_parallel_size={cp}, and {tp_knob} with parallel.sequence_parallel=true); "
+            "change one of them"
         )
 
 

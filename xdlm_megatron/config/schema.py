@@ -42,7 +42,7 @@ class Diffusion:
     uniform_ratio: Fraction = 0.1
     """Share of the noise that is uniform over the vocabulary (the paper's k): 0 is MDLM, 1 is UDLM."""
     schedule: Literal["loglinear", "cosine", "snr"] = "loglinear"
-    """alpha(t): log-linear as in the paper (linear alpha), cosine, or snr/(snr+1) with log-linear snr."""
+    """alpha(t): loglinear (the paper's, linear in t), cosine, or snr: snr/(snr+1) with log-linear snr."""
     alpha_min: SmallFraction = 1e-3
     """Floor of alpha at t = 1 (the paper's 1e-3)."""
     t_min: SmallFraction = 1e-3
@@ -91,6 +91,8 @@ class Parallel:
     """Processes that share the depth."""
     virtual_pipeline_model_parallel_size: AtLeastTwo | None = None
     """Model chunks per pipeline stage (interleaved schedule)."""
+    context_parallel_size: PositiveInt = 1
+    """Processes that share each sequence: every one has a slice of it and gathers keys and values."""
     sequence_parallel: Flag = False
     """Split norms and residuals along the sequence over the tensor-parallel group."""
     distributed_timeout_minutes: PositiveFloat = 10.0
@@ -100,7 +102,7 @@ class Parallel:
 @section(frozen=True, kw_only=True, config=_STRICT)
 class Precision:
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of parameters and activations; master weights and the loss are float32 in both."""
+    """Parameters and activations: float32 or bfloat16; master weights and the loss are float32 in both."""
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
@@ -168,7 +170,7 @@ class WsdLr:
     decay_steps: PositiveInt
     """Steps of decay at the end."""
     decay_style: Literal["linear", "cosine", "exponential", "minus_sqrt"] = "minus_sqrt"
-    """Shape of the decay."""
+    """Shape of the decay: linear, cosine, exponential (2^(1-x) - 1) or minus_sqrt (1 - sqrt x)."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end."""
 
@@ -184,6 +186,8 @@ class Train:
     """Sequences a process takes at once."""
     global_batch_size: PositiveInt
     """Sequences in an optimizer step, over all processes and accumulated micro-batches."""
+    fuse_head: Flag = False
+    """Head and loss together, some tokens at a time: the logits of a micro-batch never exist at once."""
     log_interval: PositiveInt = 10
     """Steps between logged lines."""
     max_skipped_steps: PositiveInt = 10
