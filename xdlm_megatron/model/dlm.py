@@ -93,17 +93,28 @@ class DiffusionLM(LanguageModule):
         state.pop(f"{prefix}output_layer._extra_state", None)
         return state
 
-    def forward(self, zt_BS: torch.Tensor) -> torch.Tensor:
+    def head_weight(self) -> torch.Tensor:
+        """This rank's rows [P, H] of the head, which may be the embedding's; last stage only."""
+        own = self.output_layer.weight
+        return self.embedding.word_embeddings.weight if own is None else own
+
+    def forward(self, zt_BS: torch.Tensor, without_head: bool = False) -> torch.Tensor:
         """Logits [S, B, P] on the last stage, hidden [S, B, H] elsewhere (S / tp with sequence parallel).
 
         Args:
             zt_BS: noisy token ids, int64; only its shape is read after the first stage.
+            without_head: the last stage returns what the head multiplies, hidden [S, B, H] of the whole
+                sequence on every tensor-parallel rank; backward sums its gradient over them.
         """
         hidden = self.embedding(input_ids=zt_BS, position_ids=None) if self.pre_process else None
         rotary = self.rotary_pos_emb(zt_BS.shape[1])
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         if not self.post_process:
             return hidden
+        if without_head:
+            if self.output_layer.sequence_parallel:
+                return tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.tp_group)
+            return tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.tp_group)
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_SBP, _ = self.output_layer(hidden, weight=tied)
         return logits_SBP

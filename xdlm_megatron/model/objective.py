@@ -1,19 +1,21 @@
 """One forward step for Megatron's pipeline schedules: z_t -> logits -> NELBO sums and token counts.
 
-Shapes: B micro-batch, S sequence, P vocabulary shard.
+Shapes: B micro-batch, S sequence, H hidden, P vocabulary shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
+from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import Mesh
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, dict[str, Tensor]]]
@@ -31,33 +33,36 @@ class NoisedBatch(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """The negative ELBO per token, as `forward_step_func` of Megatron's schedules."""
+    """The negative ELBO per token, as `forward_step_func` of Megatron's schedules.
+
+    fuse_head: the model stops before its head; the loss goes on from there and never makes the logits.
+    """
 
     noise: StationaryNoise
     mesh: Mesh
+    fuse_head: bool = field(default=False, kw_only=True)
 
     def forward_step(self, batches: Iterator[NoisedBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """Runs one micro-batch; the loss function is called on the last pipeline stage only."""
         batch = next(batches)
 
-        def loss_function(logits_SBP: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            nelbo_BS = self.nelbo(logits_SBP, batch)
+        def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            weight_PH = unwrap(model).head_weight() if self.fuse_head else None
+            nelbo_BS = self.nelbo(output, batch, weight_PH)
             num_tokens = torch.tensor(nelbo_BS.numel(), dtype=torch.int, device=nelbo_BS.device)
             return nelbo_BS.sum(), num_tokens, {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1)}
 
-        return model(batch.zt_BS), loss_function
+        return model(batch.zt_BS, self.fuse_head), loss_function
 
-    def nelbo(self, logits_SBP: Tensor, batch: NoisedBatch) -> Tensor:
-        """[B, S] nats per unit of t. The gradient takes the logits' place in memory."""
+    def nelbo(self, output: Tensor, batch: NoisedBatch, weight_PH: Tensor | None = None) -> Tensor:
+        """[B, S] nats per unit of t, of logits [S, B, P], or of hidden [S, B, H] and the head's weight.
+
+        The gradient of logits takes their place in memory.
+        """
+        output = output.transpose(0, 1)  # a view: the loss works in Megatron's [S, B, .] order
+        tokens = (batch.zt_BS, batch.x0_BS, batch.alpha_B, batch.beta_B, batch.dalpha_B, self.noise)
         tp = self.mesh.groups.tp
-        return vocab_parallel_nelbo(
-            logits_SBP.transpose(0, 1),  # a view: the loss works in Megatron's [S, B, P] order
-            batch.zt_BS,
-            batch.x0_BS,
-            batch.alpha_B,
-            batch.beta_B,
-            batch.dalpha_B,
-            self.noise,
-            group=tp if tp.size() > 1 else None,
-            grad_in_place=torch.is_grad_enabled(),
-        )
+        group = tp if tp.size() > 1 else None
+        if weight_PH is not None:
+            return head_nelbo(output, weight_PH, *tokens, group=group)
+        return vocab_parallel_nelbo(output, *tokens, group=group, grad_in_place=torch.is_grad_enabled())

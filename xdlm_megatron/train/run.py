@@ -106,7 +106,7 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
     derived = derive(config, mesh.world_size)
     samples = build_train_samples(config, mesh.device)
-    objective = Objective(samples.noise, mesh)
+    objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head)
     evaluator = None
     if config.data.valid_prefix is not None:
         bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
