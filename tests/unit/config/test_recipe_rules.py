@@ -1,0 +1,225 @@
+"""Every contradiction is found, names its knobs with their values, and says what to do."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import pytest
+
+from xdlm_megatron.config import rules
+from xdlm_megatron.config.load import ConfigError, build_config
+
+Change = Callable[[dict[str, Any]], dict[str, Any]]
+
+WSD = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 11}
+
+# changes of the recipe, what the message names, what mends it
+CONTRADICTIONS = [
+    pytest.param(
+        {"model.hidden_size": 30},
+        ["model.hidden_size=30", "model.num_attention_heads=4"],
+        {"model.kv_channels": 8},
+        id="width of heads",
+    ),
+    pytest.param(
+        {"model.hidden_size": 36},
+        ["model.hidden_size=36", "model.num_attention_heads=4", "width 9", "even"],
+        {"model.kv_channels": 10},
+        id="odd width",
+    ),
+    pytest.param(
+        {"model.kv_channels": 7}, ["model.kv_channels=7", "even"], {"model.kv_channels": 8}, id="odd heads"
+    ),
+    pytest.param(
+        {"model.num_query_groups": 3},
+        ["model.num_attention_heads=4", "model.num_query_groups=3"],
+        {"model.num_query_groups": 2},
+        id="groups of heads",
+    ),
+    pytest.param(
+        {"data.mask_id": 100},
+        ["data.mask_id=100", "data.vocab_size=100"],
+        {"data.vocab_size": 101},
+        id="mask outside",
+    ),
+    pytest.param(
+        {"model.mcore": {"num_layers": 3}},
+        ["model.mcore.num_layers", "set model.num_layers"],
+        {"model.mcore": {}},
+        id="knob by the back door",
+    ),
+    pytest.param(
+        {"model.mcore": {"normalization": "LayerNorm"}},
+        ["model.mcore.normalization", "RMSNorm", "remove it"],
+        {"model.mcore": {"recompute_granularity": "full"}},
+        id="fixed by the back door",
+    ),
+    pytest.param(
+        {"parallel.tensor_model_parallel_size": 8, "model.kv_channels": 8},
+        ["model.num_attention_heads=4", "parallel.tensor_model_parallel_size=8"],
+        {"model.num_attention_heads": 8},
+        id="heads over processes",
+    ),
+    pytest.param(
+        {"parallel.tensor_model_parallel_size": 2, "model.num_query_groups": 1},
+        ["model.num_query_groups=1", "parallel.tensor_model_parallel_size=2"],
+        {"model.num_query_groups": 2},
+        id="groups over processes",
+    ),
+    pytest.param(
+        {"parallel.tensor_model_parallel_size": 2, "model.ffn_hidden_size": 65},
+        ["model.ffn_hidden_size=65", "parallel.tensor_model_parallel_size=2"],
+        {"model.ffn_hidden_size": 66},
+        id="MLP over processes",
+    ),
+    pytest.param(
+        {"parallel.virtual_pipeline_model_parallel_size": 2},
+        ["parallel.virtual_pipeline_model_parallel_size=2", "parallel.pipeline_model_parallel_size=1"],
+        {"parallel.pipeline_model_parallel_size": 2},
+        id="chunks without stages",
+    ),
+    pytest.param(
+        {"parallel.pipeline_model_parallel_size": 3},
+        ["model.num_layers=4", "parallel.pipeline_model_parallel_size=3"],
+        {"model.num_layers": 6},
+        id="layers over stages",
+    ),
+    pytest.param(
+        {"parallel.pipeline_model_parallel_size": 2, "parallel.virtual_pipeline_model_parallel_size": 4},
+        ["model.num_layers=4", "8 pipeline chunks", "virtual 4"],
+        {"parallel.virtual_pipeline_model_parallel_size": 2},
+        id="layers over chunks",
+    ),
+    pytest.param(
+        {"parallel.sequence_parallel": True},
+        ["parallel.sequence_parallel=true", "parallel.tensor_model_parallel_size=1"],
+        {"parallel.tensor_model_parallel_size": 2},
+        id="sequence parallel alone",
+    ),
+    pytest.param(
+        {"parallel.sequence_parallel": True, "parallel.tensor_model_parallel_size": 2, "data.seq_length": 15},
+        ["data.seq_length=15", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
+        {"data.seq_length": 14},
+        id="sequence over processes",
+    ),
+    pytest.param(
+        {"parallel.context_parallel_size": 3},
+        ["data.seq_length=16", "parallel.context_parallel_size=3"],
+        {"data.seq_length": 15},
+        id="sequence over slices",
+    ),
+    pytest.param(
+        {"checkpoint.keep_every": 1500},
+        ["checkpoint.keep_every=1500", "checkpoint.save_interval=1000"],
+        {"checkpoint.save_interval": 500},
+        id="kept checkpoints that are never written",
+    ),
+    pytest.param(
+        {"lr_schedule.warmup_steps": 20},
+        ["lr_schedule.warmup_steps=20", "train.num_steps=20"],
+        {"lr_schedule.warmup_steps": 19},
+        id="warm-up to the end",
+    ),
+    pytest.param(
+        {"lr_schedule": WSD},
+        ["lr_schedule.warmup_steps=10", "lr_schedule.decay_steps=11", "train.num_steps=20"],
+        {"lr_schedule": {**WSD, "decay_steps": 10}},
+        id="decay before the warm-up ends",
+    ),
+    pytest.param(
+        {"lr_schedule.min_lr": 0.1},
+        ["lr_schedule.min_lr=0.1", "optimizer.lr=0.001"],
+        {"optimizer.lr": 0.1},
+        id="lowest rate above the highest",
+    ),
+    pytest.param(
+        {"train.micro_batch_size": 3},
+        ["train.global_batch_size=8", "train.micro_batch_size=3"],
+        {"train.global_batch_size": 9},
+        id="micro-batches",
+    ),
+    pytest.param(
+        {"train.stop_after_step": 20},
+        ["train.stop_after_step=20", "train.num_steps=20"],
+        {"train.stop_after_step": 19},
+        id="stop at the end",
+    ),
+    pytest.param(
+        {"tracking.mlflow": "sqlite:///x"},
+        ["tracking.mlflow='sqlite:///x'", "'local'", "null"],
+        {"tracking.mlflow": "https://host"},
+        id="MLflow's place",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "names", "cure"), CONTRADICTIONS)
+def test_contradiction(
+    changed: Change, changes: dict[str, Any], names: list[str], cure: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_config(changed(changes))
+    head, *lines = str(caught.value).split("\n")
+    assert head == "recipe: 1 bad field"
+    assert len(lines) == 1
+    for name in names:
+        assert name in lines[0]
+    assert ";" in lines[0]  # what to do follows
+    build_config(changed(cure))
+
+
+def test_every_rule_has_a_case_above(recipe: dict[str, Any], change_tree: Any) -> None:
+    """Each `yield` of rules.py, by its lines, is reached by some case."""
+    yields = {
+        node.lineno: range(node.lineno, node.end_lineno + 1)
+        for node in ast.walk(ast.parse(inspect.getsource(rules)))
+        if isinstance(node, ast.Yield)
+    }
+    reached: set[int] = set()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename == rules.__file__:
+            reached.add(frame.f_lineno)
+            return trace
+        return None
+
+    before = sys.gettrace()
+    for case in CONTRADICTIONS:
+        tree = change_tree(copy.deepcopy(recipe), case.values[0])
+        sys.settrace(trace)
+        try:
+            with contextlib.suppress(ConfigError):
+                build_config(tree)
+        finally:
+            sys.settrace(before)
+    assert [line for line, lines in yields.items() if reached.isdisjoint(lines)] == []
+    assert len(yields) > 15
+
+
+def test_the_small_recipe_has_no_contradiction(recipe: dict[str, Any]) -> None:
+    assert rules.find_contradictions(build_config(recipe)) == []
+
+
+def test_several_contradictions_come_together(changed: Change) -> None:
+    with pytest.raises(ConfigError, match="recipe: 3 bad fields"):
+        build_config(changed({"data.mask_id": 100, "lr_schedule.min_lr": 1.0, "train.micro_batch_size": 3}))
+
+
+def test_fields_kept_from_megatron_are_its_fields() -> None:
+    """A field that upstream renames would open a back door."""
+    importlib.import_module("xdlm_megatron.parallel")  # first: it patches what the next line imports
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    assert rules.OWNED_MCORE_FIELDS.keys() <= known
+    assert rules.FIXED_MCORE_FIELDS.keys() <= known
+    assert not rules.OWNED_MCORE_FIELDS.keys() & rules.FIXED_MCORE_FIELDS.keys()
