@@ -51,6 +51,7 @@ def _show_config(options: argparse.Namespace) -> int:
     print(f"# derived, on {world_size} processes")
     for name, value in dataclasses.asdict(derived).items():
         print(f"# {name}: {value:,}" if isinstance(value, int) else f"# {name}: {value:.4g}")
+    sys.stdout.flush()  # here, where a reader that has left is known of
     return 0
 
 
