@@ -10,6 +10,7 @@ from operator import mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xdlm_megatron.tracking.compare import Comparison
 from xdlm_megatron.tracking.console import with_unit
 from xdlm_megatron.tracking.jsonl import read_metrics
 
@@ -104,6 +105,41 @@ def draw_runs(
         rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
         if len(runs) == 1:
             figure.suptitle(next(iter(runs)), x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def draw_comparison(found: Comparison, names: tuple[str, str], metric: str, tolerance: float) -> "Figure":
+    """Both curves above; below, how far apart they are, relative, on a logarithmic axis that ends in 0."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.0, 5.6), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1.2))
+        steps = [point.step for point in found.points]
+        above.plot(steps, [p.a for p in found.points], color=COLOURS[0], linewidth=2.6, label=names[0])
+        above.plot(
+            steps,
+            [p.b for p in found.points],
+            color=COLOURS[1],
+            linewidth=1.2,
+            linestyle="--",
+            label=names[1],
+        )
+        above.set_ylabel(metric)
+        above.legend(loc="upper right", fontsize=9)
+        apart = [point.relative if math.isfinite(point.relative) else math.nan for point in found.points]
+        # Doubles differ by at least 1e-16 relative, so that 0 has its own line below all other values.
+        below.plot(steps, apart, color=COLOURS[3], marker=".", markersize=4, linewidth=0.9)
+        below.set_yscale("symlog", linthresh=1e-16, linscale=0.5)
+        below.set_ylim(0, max([10 * tolerance, 1e-14, *(2 * value for value in apart if value == value)]))
+        below.set_yticks([0, *(10.0**power for power in range(-15, 2, 3))])
+        below.minorticks_off()
+        if tolerance:
+            below.axhline(tolerance, color=GREY, linestyle=(0, (4, 3)), linewidth=1.0, label="tolerance")
+            below.legend(loc="upper right", fontsize=9)
+        below.set_ylabel("relative difference")
+        below.set_xlabel("step")
     return figure
 
 
