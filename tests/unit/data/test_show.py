@@ -1,0 +1,85 @@
+"""What is shown of a batch is what training reads, sign by sign."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from tests.unit.model.small import small_config
+from xdlm_megatron.data.batch import Batch
+from xdlm_megatron.data.build import build_train_samples, build_valid_samples
+from xdlm_megatron.data.errors import DataError
+from xdlm_megatron.data.show import load_batch, render_batch
+
+PIECES = {0: "a", 1: " be", 2: "\n", 3: " seen", 4: "日本", 9: "░"}
+
+
+def batch_of(x0: list[int], zt: list[int]) -> Batch:
+    one = torch.tensor([0.25], dtype=torch.float64)
+    return Batch(torch.tensor([x0]), torch.tensor([zt]), one, 1 - one, one, one)
+
+
+def render(x0: list[int], zt: list[int], width: int = 60, colour: bool = False) -> list[str]:
+    strings = lambda ids: [PIECES[i] for i in ids]  # noqa: E731
+    return render_batch([7], batch_of(x0, zt), strings, 9, width, colour).splitlines()
+
+
+def test_columns_and_signs_without_colour() -> None:
+    assert render([0, 1, 3, 2, 4, 0], [0, 9, 1, 2, 9, 3]) == [
+        "kept  ░ masked  ~token replaced",
+        "",
+        "sample 7  t=0.2500  alpha=0.7500  noised 66.7%: kept 2, masked 2, replaced 2",
+        "x0 a be seen⏎日本a",
+        "zt a░░░~ be ⏎░░░░~ seen",
+    ]
+
+
+def test_colours_instead_of_signs() -> None:
+    lines = render([0, 1, 3], [0, 9, 1], colour=True)
+    assert lines[-1] == "zt a\x1b[2m░░░\x1b[0m\x1b[33m be  \x1b[0m"
+    assert re.sub("\x1b\\[[0-9;]*m", "", lines[-2]) == "x0 a be seen"
+
+
+@pytest.mark.parametrize("width", [12, 20, 37])
+def test_lines_break_between_tokens_and_stay_narrow(width: int) -> None:
+    ids = [1, 3, 0, 1, 1, 3] * 5
+    lines = render(ids, [9 if i % 4 == 1 else x for i, x in enumerate(ids)], width)[3:]
+    assert max(map(len, lines)) <= width
+    assert (
+        "".join(line[3:] for line in lines if line.startswith("x0")).replace(" ", "") == "beseenabebeseen" * 5
+    )
+
+
+def test_training_reads_these_bits(tiny_recipe: dict) -> None:
+    config = small_config(tiny_recipe)
+    batch_size = config.train.global_batch_size
+    whole = build_train_samples(config, torch.device("cpu"))
+    for step, num_samples in ((1, 3), (4, 100)):
+        ids, batch = load_batch(config, step, num_samples)
+        slots = np.arange(batch_size)
+        expected = whole.build((step - 1) * batch_size + slots, slots, batch_size)
+        count = min(num_samples, batch_size)
+        assert ids == list(range((step - 1) * batch_size, (step - 1) * batch_size + count))
+        assert torch.equal(batch.x0_BS, expected.x0_BS[:count])
+        assert torch.equal(batch.zt_BS, expected.zt_BS[:count])
+        assert torch.equal(batch.t_B, expected.t_B[:count])
+
+
+def test_evaluation_reads_these_bits(tiny_recipe: dict) -> None:
+    config = small_config(tiny_recipe, evaluation={"num_sequences": 6, "num_noise_draws": 2})
+    ids, batch = load_batch(config, None, 100)
+    assert ids == list(range(12))
+    slots = np.arange(12)
+    expected = build_valid_samples(config, torch.device("cpu")).build(slots, slots, 12)
+    assert torch.equal(batch.zt_BS, expected.zt_BS)
+
+
+@pytest.mark.parametrize("step", [0, -1, 21])
+def test_a_step_outside_the_run_is_refused(tiny_recipe: dict, step: int) -> None:
+    with pytest.raises(
+        DataError, match=rf"step {step} is not of this run; choose one of 1 to train.num_steps=20"
+    ):
+        load_batch(small_config(tiny_recipe), step, 1)
