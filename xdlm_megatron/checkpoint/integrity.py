@@ -21,6 +21,10 @@ CHECKSUM = "blake2b-128"
 _MAX_THREADS = 8
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is not there or cannot be used; the message names it and the cure."""
+
+
 def write_manifest(folder: Path) -> None:
     """Records every file of the folder as it is now."""
     names = [name for name in _file_names(folder) if name != MANIFEST]

@@ -22,7 +22,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from xdlm_megatron.checkpoint.contents import FORMAT
-from xdlm_megatron.checkpoint.integrity import MANIFEST, find_damage, newest_whole, write_manifest
+from xdlm_megatron.checkpoint.integrity import (
+    MANIFEST,
+    CheckpointError,
+    find_damage,
+    newest_whole,
+    write_manifest,
+)
 from xdlm_megatron.checkpoint.retention import to_remove
 from xdlm_megatron.parallel.mesh import Mesh
 
@@ -30,10 +36,6 @@ LATEST = "latest"
 _NAME = re.compile(r"step_(\d{8,})")
 _NO_OTHER = "no older one beside it is whole; put the file back from a copy, or train again"
 T = TypeVar("T")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is not there or cannot be used; the message names it and the cure."""
 
 
 def save_checkpoint(
