@@ -103,7 +103,7 @@ def test_floats_as_people_write_them(path: Path, text: str, value: float) -> Non
             "lr_schedule.warmup_steps=-1",
             "lr_schedule.warmup_steps: Input should be greater than or equal to 0 (got -1)",
         ),
-        ("modle.num_layers=3", "modle: no such field; did you mean 'model'?"),
+        ("mode.num_layers=3", "mode: no such field; did you mean 'model'?"),
         ("model.n_layers=3", "model.n_layers: no such field; did you mean 'num_layers'?"),
     ],
 )
