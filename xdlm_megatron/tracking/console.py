@@ -63,7 +63,8 @@ class ConsoleTracker:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
-        self._line(f"{status.lower()} at step {self._step} of {self.total_steps}")
+        if status == "FAILED":  # how a run ended well, its caller says
+            self._line(f"failed at step {self._step} of {self.total_steps}")
 
     def _line(self, text: str) -> None:
         if self._bar is None:

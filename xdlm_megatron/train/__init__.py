@@ -1,0 +1,3 @@
+"""See docs/architecture.md. The patches of Megatron-Core come first."""
+
+import xdlm_megatron.parallel  # noqa: F401
