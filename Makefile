@@ -32,6 +32,7 @@ test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py --tokens 2048 --dtypes float32 bfloat16
 
 ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:5000
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[ui]"

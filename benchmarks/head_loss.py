@@ -1,0 +1,163 @@
+"""Time and peak memory of output head, loss and gradients: fused against the paper's loss on whole logits.
+
+`eager` multiplies hidden states and head weight and evaluates the authors' plain loss under autograd
+(loss_reference.py). `logits` multiplies likewise and takes vocab_parallel_nelbo, which writes the gradient
+over the logits: what training does by default. `fused` is head_nelbo: train.fuse_head. Each measurement runs
+in a process of its own, all forms in turn; memory is the peak above what the process holds once its inputs
+exist, the gradients of hidden states and weight included.
+
+    python benchmarks/head_loss.py --tokens 2048 --dtypes float32 bfloat16
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from loss_reference import DTYPES, device_name, memory_mib, plain_nelbo
+from torch import Tensor
+from tqdm import tqdm
+
+from xdlm_megatron.diffusion.head_nelbo import head_nelbo
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
+
+IMPLS = ("eager", "logits", "fused")
+
+
+def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, tuple]:
+    """Hidden states, a weight that makes logits of std 2, and tokens corrupted at stratified alphas."""
+    torch.manual_seed(0)
+    B, S, H, V = args.batch, args.tokens // args.batch, args.hidden, args.vocab
+    noise = StationaryNoise(args.uniform_ratio, V, V - 1)
+    hidden = torch.randn(B, S, H, device=device).to(DTYPES[args.dtype]).requires_grad_()
+    weight = torch.empty(V, H, dtype=DTYPES[args.dtype], device=device)
+    weight = weight.normal_(std=2 / H**0.5).requires_grad_()
+    t = (torch.arange(B, device=device, dtype=torch.float64) + 0.5) / B
+    rates = (1 - 0.999 * t, 0.999 * t, torch.full_like(t, -0.999))
+    x0 = torch.randint(0, V - 1, (B, S), device=device)
+    counter = (torch.arange(B, device=device)[:, None], torch.arange(S, device=device))
+    return hidden, weight, (noise.corrupt(x0, rates[0], (0, 1), counter), x0, *rates, noise)
+
+
+def run_step(impl: str, hidden: Tensor, weight: Tensor, rest: tuple) -> float:
+    """Loss and gradients once; returns the sum of the loss."""
+    if impl == "eager":
+        loss = plain_nelbo(hidden @ weight.t(), *rest).sum()
+    elif impl == "logits":
+        loss = vocab_parallel_nelbo(hidden @ weight.t(), *rest, grad_in_place=True).sum()
+    else:
+        loss = head_nelbo(hidden, weight, *rest).sum()
+    loss.backward()
+    hidden.grad = weight.grad = None
+    return loss.item()
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One form, in this process: the first step gives the memory, the others the time."""
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    # A tiny step first, so that lazily loaded libraries do not count as the loss's memory.
+    run_step(
+        args.impl,
+        *make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64}), device),
+    )
+    inputs = make_inputs(args, device)
+    baseline = memory_mib(device, peak=False)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    run_step(args.impl, *inputs)
+    peak = memory_mib(device, peak=True)
+    seconds = []
+    for _ in range(args.repeats):
+        start = time.perf_counter()
+        loss = run_step(args.impl, *inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": loss}
+
+
+def spawn(args: argparse.Namespace, case: dict) -> dict:
+    """One case in a process of its own, as a result row."""
+    names = ("device", "tokens", "batch", "repeats", "threads", "hidden", "vocab", "uniform_ratio")
+    options = {name: getattr(args, name) for name in names} | case
+    command = [sys.executable, __file__, "--measure"]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return case | json.loads(done.stdout.splitlines()[-1])
+
+
+def report(args: argparse.Namespace, rows: list[dict]) -> str:
+    """The results as Markdown; ratios are to `eager` of the same dtype."""
+    lines = [
+        "# Output head, loss and gradients: fused against the paper's loss on whole logits",
+        "",
+        f"{device_name(args)}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{args.tokens} tokens in {args.batch} sequences, H = {args.hidden}, V = {args.vocab}, "
+        f"uniform_ratio {args.uniform_ratio}, best of {args.repeats} runs.",
+        "",
+        f"    {args.command}",
+        "",
+        "Memory is the peak above the inputs (hidden states and weight); both gradients count.",
+        "",
+        "| dtype | form | seconds | MiB | time ratio | memory ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        base = next(r for r in rows if (r["dtype"], r["impl"]) == (row["dtype"], "eager"))
+        lines.append(
+            f"| {row['dtype']} | {row['impl']} | {row['seconds']:.2f} | {row['peak_mib']:.0f} "
+            f"| {row['seconds'] / base['seconds']:.2f} | {row['peak_mib'] / base['peak_mib']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences; divides --tokens")
+    parser.add_argument("--hidden", type=int, default=512, help="width of the hidden states")
+    parser.add_argument("--vocab", type=int, default=126464, help="vocabulary")
+    parser.add_argument("--uniform-ratio", type=float, default=0.1, help="k; the plain form needs k > 0")
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps a case; the best counts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of hidden and weight"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results/DEVICE]")
+    parser.add_argument("--measure", action="store_true", help="measure one case here and print it as JSON")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --measure")
+    parser.add_argument("--impl", choices=IMPLS, default="fused", help="with --measure")
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args)))
+        return
+    args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
+    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in IMPLS]
+    rows = [spawn(args, case) for case in tqdm(cases, desc="head and loss", unit="case")]
+    for row in rows:
+        if abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(rows[0]["loss"]):
+            raise RuntimeError(
+                f"{row} and {rows[0]} disagree on the loss: the timings compare different things"
+            )
+    folder = args.out or Path(__file__).parent / "results" / args.device
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report(args, rows)
+    (folder / "head_loss.md").write_text(text)
+    machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
+    machine |= {"name": device_name(args), "tokens": args.tokens, "hidden": args.hidden, "vocab": args.vocab}
+    result = {"command": args.command, "machine": machine, "uniform_ratio": args.uniform_ratio, "rows": rows}
+    (folder / "head_loss.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
