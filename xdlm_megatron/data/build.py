@@ -30,9 +30,7 @@ def build_schedule(section: Diffusion) -> Schedule:
     return SCHEDULES[section.schedule](alpha_min=section.alpha_min)
 
 
-def build_train_samples(
-    config: RunConfig, device: torch.device, positions: slice = WHOLE
-) -> NoisedSamples:
+def build_train_samples(config: RunConfig, device: torch.device, positions: slice = WHOLE) -> NoisedSamples:
     """Training samples in shuffled order, with training's noise; `positions` of each. Raises DataError."""
     _check_vocabulary(config.data, config.data.train_prefix)
     dataset = PackedDataset(config.data.train_prefix, config.data.seq_length)
@@ -40,9 +38,7 @@ def build_train_samples(
     return _noised(config, dataset, index, (Stream.TIME, Stream.NOISE), device, positions)
 
 
-def build_valid_samples(
-    config: RunConfig, device: torch.device, positions: slice = WHOLE
-) -> NoisedSamples:
+def build_valid_samples(config: RunConfig, device: torch.device, positions: slice = WHOLE) -> NoisedSamples:
     """Held-out samples, spread over the text; ids past their number start over with other noise.
 
     Raises:

@@ -102,12 +102,16 @@ class DiffusionLM(LanguageModule):
         """Logits [S, B, P] on the last stage, hidden [S, B, H] elsewhere (S / tp with sequence parallel).
 
         Args:
-            zt_BS: noisy token ids, int64; only its shape is read after the first stage.
+            zt_BS: this context-parallel rank's noisy token ids, int64; only its shape is read after the first
+                stage.
             without_head: the last stage returns what the head multiplies, hidden [S, B, H] of the whole
                 sequence on every tensor-parallel rank; backward sums its gradient over them.
         """
         hidden = self.embedding(input_ids=zt_BS, position_ids=None) if self.pre_process else None
-        rotary = self.rotary_pos_emb(zt_BS.shape[1])
+        # Of the whole sequence, then our slice of it: upstream would cut the zig-zag that causal masks need.
+        cp = self.pg_collection.cp
+        S = zt_BS.shape[1]
+        rotary = self.rotary_pos_emb(S * cp.size(), packed_seq=True)[cp.rank() * S : (cp.rank() + 1) * S]
         hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
         if not self.post_process:
             return hidden

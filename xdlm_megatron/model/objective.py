@@ -50,7 +50,8 @@ class Objective:
             weight_PH = unwrap(model).head_weight() if self.fuse_head else None
             nelbo_BS = self.nelbo(output, batch, weight_PH)
             num_tokens = torch.tensor(nelbo_BS.numel(), dtype=torch.int, device=nelbo_BS.device)
-            return nelbo_BS.sum(), num_tokens, {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1)}
+            report = {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1), "num_tokens": num_tokens}
+            return nelbo_BS.sum(), num_tokens, report
 
         return model(batch.zt_BS, self.fuse_head), loss_function
 

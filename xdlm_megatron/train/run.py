@@ -105,12 +105,13 @@ class Run:
 def build_run(config: RunConfig, mesh: Mesh) -> Run:
     """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
     derived = derive(config, mesh.world_size)
-    samples = build_train_samples(config, mesh.device)
+    positions = mesh.sequence_slice(config.data.seq_length)
+    samples = build_train_samples(config, mesh.device, positions)
     objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head)
     evaluator = None
     if config.data.valid_prefix is not None:
         bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
-        held_out = build_valid_samples(config, mesh.device)
+        held_out = build_valid_samples(config, mesh.device, positions)
         evaluator = NelboEvaluator(config, mesh, held_out, objective, bytes_per_token)
     chunks = wrap_for_training(build_model(config, mesh), config.optimizer.use_distributed_optimizer, mesh)
     optimizer = build_optimizer(config.optimizer, config.lr_schedule, chunks, mesh)
@@ -138,6 +139,7 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
                 parallel.pipeline_model_parallel_size,
                 parallel.virtual_pipeline_model_parallel_size,
                 parallel.distributed_timeout_minutes,
+                parallel.context_parallel_size,
             )
         )
         start = _choose_start(config, mesh, resume, allow_fallback)
@@ -176,7 +178,8 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
             f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype} on "
             f"{run.mesh.device.type}, attention by {core_attention().__name__}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
-            f"{parallel.pipeline_model_parallel_size} x data {derived.data_parallel_size}, "
+            f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
+            f"{derived.data_parallel_size}, "
             f"{derived.num_microbatches} micro-batches of {config.train.micro_batch_size} a step",
             f"  budget: {config.train.num_steps} steps of {derived.tokens_per_step} tokens; training set of "
             f"{len(run.step.samples.dataset)} samples; MFU against: {peak_source}",
@@ -225,7 +228,9 @@ def _build_tracker(run: Run, state: TrainState) -> Tracker:
                     "recipe_hash": recipe_hash(config),
                     "git_commit": git_commit() or "unknown",
                     "uniform_ratio": config.diffusion.uniform_ratio,
-                    "layout": f"tp{groups.tp.size()}-pp{groups.pp.size()}-dp{groups.dp.size()}",
+                    "layout": "-".join(
+                        f"{name}{getattr(groups, name).size()}" for name in ("tp", "pp", "cp", "dp")
+                    ),
                 },
             )
         )
