@@ -25,7 +25,7 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 	@for recipe in examples/*.yaml; do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
 
 test-unit: $(VENV)/.installed-dev  ## proofs of the maths and unit tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed"
 
 test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
 	$(BIN)/python -m pytest -m distributed
@@ -39,6 +39,8 @@ ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///runs/mlflow.db
 
 $(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than Python 3.11; name a newer one: make PYTHON=python3.12 ..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: setup.py $(CONSTRAINTS) | $(VENV)/bin/python

@@ -3,7 +3,7 @@
 # again and it goes on from where it stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore
+export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= # two processes on the CPU, whatever GPUs there are
 recipe=examples/quickstart.yaml
 run=runs/quickstart
 corpus=examples/data/shakespeare.jsonl.xz

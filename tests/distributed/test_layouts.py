@@ -23,6 +23,8 @@ LAYOUTS = {
     "dp2": (2, []),
     "dp2-plain-optimizer": (2, ["optimizer.use_distributed_optimizer=false"]),
     "tp2-pp2-sp": (4, [TP, PP, "parallel.sequence_parallel=true"]),
+    "tp2-dp2": (4, [TP]),
+    "pp2-dp2": (4, [PP]),
     "cp2": (2, [CP]),
     "tp2-cp2-sp": (4, [TP, CP, "parallel.sequence_parallel=true"]),
     "pp2-cp2": (4, [PP, CP]),

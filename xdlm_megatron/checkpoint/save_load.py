@@ -119,7 +119,11 @@ def find_latest(folder: Path) -> Path | None:
 
 def _read_latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
-    return folder / pointer.read_text().strip() if pointer.exists() else None
+    if not pointer.exists():
+        return None
+    path = folder / pointer.read_text().strip()
+    step_of(path)  # refuses what is no checkpoint's name, an empty file too
+    return path
 
 
 def check_whole(path: Path, mesh: Mesh) -> None:

@@ -39,6 +39,11 @@ FIXED_MCORE_FIELDS = {
     "normalization": "the model uses RMSNorm",
     "add_bias_linear": "the model has no biases",
     "num_moe_experts": "experts are not supported yet",
+    **dict.fromkeys(("fp8", "fp4"), "precision is float32 or bfloat16"),
+    **dict.fromkeys(
+        ("attention_softmax_in_fp32", "apply_query_key_layer_scaling", "masked_softmax_fusion"),
+        "the attention kernel does not read it",
+    ),
     "expert_model_parallel_size": "experts are not supported yet",
 }
 
@@ -69,6 +74,11 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
             yield f"model.mcore.{name}: cannot be set here; set {OWNED_MCORE_FIELDS[name]}"
         if name in FIXED_MCORE_FIELDS:
             yield f"model.mcore.{name}: cannot be set, {FIXED_MCORE_FIELDS[name]}; remove it"
+    if 0 < config.diffusion.uniform_ratio < 1e-12:
+        yield (
+            f"diffusion.uniform_ratio={config.diffusion.uniform_ratio} must be 0 or at least 1e-12, which "
+            "float32 still resolves; take 0"
+        )
     if config.data.mask_id >= config.data.vocab_size:
         yield (
             f"data.mask_id={config.data.mask_id} must be below data.vocab_size={config.data.vocab_size}, "

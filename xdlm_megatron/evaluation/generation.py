@@ -34,7 +34,10 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class Samples:
-    """ids [num_samples, S]; snapshots: (t, ids of the first sample [S]) from the prior to the end."""
+    """ids [num_samples, S]; snapshots: (t, ids of the first sample [S]) from the prior to the end.
+
+    num_function_evaluations: network calls for one sample.
+    """
 
     ids: Tensor
     snapshots: list[tuple[float, Tensor]]
@@ -54,8 +57,11 @@ def generate(
     seq_length: int,
     prompt_ids: list[int],
     device: torch.device,
+    batch_size: int = 16,
 ) -> Samples:
     """Ancestral sampling from the stationary law, with an optional prefix that never changes.
+
+    batch_size: sequences that the network sees at once; a sample does not depend on it.
 
     Raises:
         ValueError: the prompt leaves no free position, or an option is out of range.
@@ -66,33 +72,37 @@ def generate(
         raise ValueError(
             f"the prompt has {len(prompt_ids)} tokens and data.seq_length is {seq_length}; shorten it"
         )
-    rows = torch.arange(options.num_samples, device=device)
-    positions = torch.arange(seq_length, device=device)
-    prior_BS = noise.sample_prior((options.seed, Stream.SAMPLE_PRIOR), (rows[:, None], positions))
-    clamp = torch.full_like(prior_BS, -1)
-    clamp[:, : len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
-    snapshots = [(1.0, torch.where(clamp[0] < 0, prior_BS[0], clamp[0]))]
-    calls = 0
+    observed_S = torch.full((seq_length,), -1, dtype=torch.int64, device=device)
+    observed_S[: len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
+    position_S = torch.arange(seq_length, device=device)
+    snapshots: list[tuple[float, Tensor]] = []
+    batches = []
+    for row_B in torch.arange(options.num_samples, device=device).split(batch_size):
+        prior_BS = noise.sample_prior((options.seed, Stream.SAMPLE_PRIOR), (row_B[:, None], position_S))
+        first = len(batches) == 0
+        if first:
+            snapshots.append((1.0, torch.where(observed_S < 0, prior_BS[0], observed_S)))
 
-    def record(call: int, num_calls: int, t: float, zs_BS: Tensor) -> None:
-        nonlocal calls
-        calls += 1
-        snapshots.append((t, zs_BS[0].clone()))
+        def record(call: int, num_calls: int, t: float, zs_BS: Tensor, keep: bool = first) -> None:
+            if keep:
+                snapshots.append((t, zs_BS[0].clone()))
 
-    ids = sample(
-        denoise,
-        prior_BS,
-        schedule,
-        options.num_steps,
-        noise,
-        (options.seed, Stream.SAMPLE_STEP),
-        clamp,
-        final=options.final,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        on_step=record,
-    )
-    return Samples(ids, snapshots, calls)
+        ids_BS = sample(
+            denoise,
+            prior_BS,
+            schedule,
+            options.num_steps,
+            noise,
+            (options.seed, Stream.SAMPLE_STEP),
+            observed_S.expand_as(prior_BS),
+            final=options.final,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            row_id_B=row_B,
+            on_step=record,
+        )
+        batches.append(ids_BS)
+    return Samples(torch.cat(batches), snapshots, len(snapshots) - 1)
 
 
 def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[Tensor], Tensor]:

@@ -35,7 +35,7 @@ class NelboResult:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nelbo_per_token)
+        return math.exp(self.nelbo_per_token) if self.nelbo_per_token < 700 else math.inf
 
 
 @dataclass(frozen=True)

@@ -67,12 +67,11 @@ def restore_model(
 
 
 def _check_same_model(config: RunConfig, saved: dict, path: Path) -> None:
+    """Refuses another model or another noise. A knob that the checkpoint does not know yet had no effect."""
     now = to_tree(config)
-    for section, name in [("model", name) for name in now["model"]] + [
-        ("data", "vocab_size"),
-        ("data", "mask_id"),
-    ]:
-        if saved[section][name] != now[section][name]:
+    names = [(section, name) for section in ("model", "diffusion") for name in now[section]]
+    for section, name in [*names, ("data", "vocab_size"), ("data", "mask_id")]:
+        if name in saved[section] and saved[section][name] != now[section][name]:
             raise CheckpointError(
                 f"{path} was trained with {section}.{name}={saved[section][name]!r} and the recipe says "
                 f"{now[section][name]!r}; use the run folder's recipe.yaml"

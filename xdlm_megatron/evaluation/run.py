@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.config.derive import derive, run_folder
+from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise, build_schedule, build_valid_samples
 from xdlm_megatron.data.indexed import load_manifest
@@ -30,7 +32,13 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
     with _restored(config, path, use_ema) as (mesh, chunks, step):
         samples = build_valid_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
         bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
-        evaluator = NelboEvaluator(config, mesh, samples, Objective(samples.noise, mesh), bytes_per_token)
+        evaluator = NelboEvaluator(
+            config,
+            mesh,
+            samples,
+            Objective(samples.noise, mesh, fuse_head=config.train.fuse_head),
+            bytes_per_token,
+        )
         result = evaluator(chunks)
         if mesh.is_main:
             held_out = np.stack(
@@ -57,6 +65,7 @@ def sample(
             config.data.seq_length,
             prompt_ids,
             mesh.device,
+            config.train.micro_batch_size,
         )
         if mesh.is_main:
             _report_samples(tokenizer, options, samples, f"{path} (step {step}, {_weights(use_ema)})")
@@ -100,10 +109,10 @@ def _report_evaluation(
         "checkpoint": path.name,
         "step": step,
         "ema": use_ema,
-        "uniform_ratio": config.diffusion.uniform_ratio,
+        "diffusion": to_tree(config)["diffusion"],
         "nelbo_per_token": result.nelbo_per_token,
-        "standard_error": result.standard_error,
-        "perplexity": result.perplexity,
+        "standard_error": None if math.isnan(result.standard_error) else result.standard_error,
+        "perplexity": result.perplexity if math.isfinite(result.perplexity) else None,
         "bits_per_byte": result.bits_per_byte,
         "num_sequences": result.num_sequences,
         "num_noise_draws": config.evaluation.num_noise_draws,

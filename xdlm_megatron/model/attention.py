@@ -56,6 +56,9 @@ class SDPAttention(MegatronModule):
             key_SBGD = gather(key_SBGD, group=self.context_group)
             value_SBGD = gather(value_SBGD, group=self.context_group)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_SBND, key_SBGD, value_SBGD))
+        if query.is_cuda and query.dtype is torch.float32 and key.shape[1] != N:
+            # Only the scores-keeping kernel takes grouped queries in float32 there.
+            key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
         grouped = key.shape[1] != N
         if self.training and self.dropout:
             # Heads are split over ranks, so each rank draws from its own stream.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def core_attention() -> type:
-    """Transformer Engine's attention where it can run, torch's elsewhere; neither holds parameters."""
-    from megatron.core.utils import is_te_min_version
+def core_attention(dtype: torch.dtype) -> type:
+    """Transformer Engine's attention where it keeps no scores (16-bit on CUDA), torch's elsewhere.
 
-    if torch.cuda.is_available() and is_te_min_version("2.9"):
+    Neither holds parameters.
+    """
+    installed = importlib.util.find_spec("transformer_engine") is not None
+    if installed and torch.cuda.is_available() and dtype is not torch.float32:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
@@ -47,7 +50,7 @@ def build_block_spec(config: TransformerConfig, chunk: int | None) -> Transforme
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.no_mask
-    attention.submodules.core_attention = core_attention()
+    attention.submodules.core_attention = core_attention(config.params_dtype)
     if config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)

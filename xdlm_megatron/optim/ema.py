@@ -74,7 +74,8 @@ class Ema:
 
     def sharded_state(self, model_state: dict[str, Any], is_loading: bool) -> dict[str, Any]:
         """The averages in the model's own shapes, for Megatron's checkpoints; see `ema_state_like`."""
-        averages = [_room_for(p) if is_loading else self._whole(p) for p in self._parameters]
+        # On the CPU at once: whole averages of all parameters need not fit beside the training state.
+        averages = [_room_for(p) if is_loading else self._whole(p).cpu() for p in self._parameters]
         return ema_state_like(model_state, self._parameters, averages)
 
     @torch.no_grad()

@@ -94,12 +94,18 @@ def open_mesh(
     Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them this is a world of one.
 
     Raises:
-        ValueError: the sizes do not fit the world.
+        ValueError: the sizes do not fit the world, or the processes the GPUs.
     """
     cuda = torch.cuda.is_available()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU of its own: there are "
+                f"{torch.cuda.device_count()}; start as many processes, or set CUDA_VISIBLE_DEVICES= "
+                "to use the CPU"
+            )
         torch.cuda.set_device(device)
     started_here = not dist.is_initialized()
     if started_here:

@@ -65,12 +65,14 @@ class Loop:
         window = self._new_window()
         while state.step < last_step:
             window.add(self.step(state))
-            self._refuse_hopeless(state)
             stopping = mesh.any(bool(stop))
-            ending = stopping or state.step == last_step
+            hopeless = state.skipped_in_a_row >= config.train.max_skipped_steps
+            ending = stopping or hopeless or state.step == last_step
             if state.step % config.train.log_interval == 0 or ending:
                 self._log(state, window)
                 window = self._new_window()
+            if hopeless:
+                raise TrainingError(_hopeless(state))
             with window.paused():
                 if state.step % config.evaluation.interval == 0 or (ending and not stopping):
                     self._evaluate(state)
@@ -113,14 +115,14 @@ class Loop:
             result = self.evaluator(self.step.chunks)
         self.tracker.log(state.step, eval_metrics(result))
 
-    def _refuse_hopeless(self, state: TrainState) -> None:
-        limit = self.step.config.train.max_skipped_steps
-        if state.skipped_in_a_row >= limit:
-            raise TrainingError(
-                f"{state.skipped_in_a_row} steps in a row had a non-finite gradient "
-                f"(train.max_skipped_steps={limit}); the last checkpoint is good: "
-                "look at the data, or start a new run with a lower optimizer.lr"
-            )
+
+def _hopeless(state: TrainState) -> str:
+    first = state.step - state.skipped_in_a_row + 1
+    return (
+        f"the {state.skipped_in_a_row} steps from {first} on had a non-finite gradient "
+        "(train.max_skipped_steps), so the weights may be ruined: look at the data, then go on from a "
+        f"checkpoint before step {first}, or start a run with a lower optimizer.lr"
+    )
 
 
 def eval_metrics(result: NelboResult) -> dict[str, float]:

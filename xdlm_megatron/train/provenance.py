@@ -40,7 +40,9 @@ FREE_FIELDS = (
 
 def write_recipe(folder: Path, config: RunConfig) -> None:
     """The resolved recipe, before the first step."""
-    (folder / RECIPE).write_text(dump_recipe(config))
+    aside = folder / f"{RECIPE}.tmp"
+    aside.write_text(dump_recipe(config))
+    aside.rename(folder / RECIPE)  # whole or not at all: a resume reads it
 
 
 def record_start(folder: Path, config: RunConfig, step: int, world_size: int) -> None:

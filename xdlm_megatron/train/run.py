@@ -34,6 +34,7 @@ from xdlm_megatron.tracking.console import ConsoleTracker
 from xdlm_megatron.tracking.jsonl import JsonlTracker, truncate_after
 from xdlm_megatron.tracking.mlflow import MlflowTracker
 from xdlm_megatron.tracking.tracker import CompositeTracker, NoopTracker, Tracker
+from xdlm_megatron.train.lock import locked_run
 from xdlm_megatron.train.loop import Loop
 from xdlm_megatron.train.peak import peak_flops
 from xdlm_megatron.train.provenance import (
@@ -142,12 +143,13 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
                 parallel.context_parallel_size,
             )
         )
-        start = _choose_start(config, mesh, resume, allow_fallback)
+        _check_folder(config, resume)  # at once, and again when nobody else can change the answer
         run = build_run(config, mesh)
+        stack.enter_context(locked_run(run.folder, mesh))
+        start = _choose_start(config, mesh, resume, allow_fallback)
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
         if mesh.is_main:
-            run.folder.mkdir(parents=True, exist_ok=True)
             if start is None:
                 write_recipe(run.folder, config)
             record_start(run.folder, config, state.step, mesh.world_size)
@@ -176,7 +178,7 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
         [
             f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
             f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype} on "
-            f"{run.mesh.device.type}, attention by {core_attention().__name__}",
+            f"{run.mesh.device.type}, attention by {core_attention(DTYPES[config.precision.dtype]).__name__}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
             f"{derived.data_parallel_size}, "
@@ -187,17 +189,24 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
     )
 
 
-def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: bool) -> Path | None:
-    """The checkpoint to go on from. A run folder is never overwritten and never restarted in silence."""
+def _check_folder(config: RunConfig, resume: bool) -> None:
+    """A run folder is never overwritten and never restarted in silence."""
     folder = run_folder(config)
-    checkpoints = folder / CHECKPOINTS
-    if not (folder / RECIPE).exists():
-        if resume:
-            raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start it")
-        return None
-    if not resume:
+    exists = (folder / RECIPE).exists()
+    if resume and not exists:
+        raise CheckpointError(f"{folder} holds no run to resume; leave --resume out to start it")
+    if exists and not resume:
         raise CheckpointError(f"{folder} holds a run; add --resume to go on, or choose another run.name")
-    check_same_experiment(folder, config)
+    if resume:
+        check_same_experiment(folder, config)
+
+
+def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: bool) -> Path | None:
+    """The checkpoint to go on from, None for a new run. Raises CheckpointError and ConfigError."""
+    _check_folder(config, resume)
+    if not resume:
+        return None
+    checkpoints = run_folder(config) / CHECKPOINTS
     start = choose_start(checkpoints, mesh, allow_fallback)
     if start is None:
         left = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"

@@ -46,6 +46,12 @@ CONTRADICTIONS = [
         id="groups of heads",
     ),
     pytest.param(
+        {"diffusion.uniform_ratio": 1e-13},
+        ["diffusion.uniform_ratio=1e-13", "at least 1e-12"],
+        {"diffusion.uniform_ratio": 0},
+        id="ratio below float32",
+    ),
+    pytest.param(
         {"data.mask_id": 100},
         ["data.mask_id=100", "data.vocab_size=100"],
         {"data.vocab_size": 101},

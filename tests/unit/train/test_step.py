@@ -114,7 +114,7 @@ def test_too_many_in_a_row_end_the_run(tiny_recipe: dict, mesh: Mesh, tmp_path: 
     saved: list[int] = []
     loop = Loop(run.step, None, NoopTracker(), lambda s: saved.append(s.step), peak_flops=1e9)
     with pytest.raises(
-        TrainingError, match=r"3 steps in a row .*\(train.max_skipped_steps=3\).*optimizer.lr"
+        TrainingError, match=r"the 3 steps from 5 on .*\(train.max_skipped_steps\).*optimizer.lr"
     ):
         loop.run(state, StopRequest())
     assert (state.step, state.skipped_steps) == (7, 5)
