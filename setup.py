@@ -9,8 +9,8 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "xdlm_megatron/__init__.py").read_text()).group(1)
 
 INSTALL_REQUIRES = [
-    "megatron-core>=0.16,<0.20",  # tested with 0.16.1, the last release for Python 3.11
-    "torch>=2.6,<2.14",  # tested with 2.13.0; SDPA's enable_gqa needs 2.5, Megatron-Core 2.6
+    "megatron-core>=0.16,<0.20",  # tested with 0.16.1 alone, the last release for Python 3.11
+    "torch>=2.6,<2.14",  # tested with 2.13.0 alone; Megatron-Core needs 2.6
     "numpy>=1.26",
     "psutil>=5",  # Megatron-Core needs it to write checkpoints and does not ask for it
     "pydantic>=2.7,<3",
