@@ -23,7 +23,7 @@ from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
 from xdlm_megatron.evaluation.trace import print_trace
 from xdlm_megatron.model.objective import Objective
-from xdlm_megatron.parallel.mesh import Mesh, open_mesh
+from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 
 
 def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = True) -> NelboResult:
@@ -76,14 +76,7 @@ def sample(
 def _restored(
     config: RunConfig, path: Path, use_ema: bool
 ) -> Iterator[tuple[Mesh, list[MegatronModule], int]]:
-    parallel = config.parallel
-    with open_mesh(
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.virtual_pipeline_model_parallel_size,
-        parallel.distributed_timeout_minutes,
-        parallel.context_parallel_size,
-    ) as mesh:
+    with open_mesh_for(config.parallel) as mesh:
         derive(config, mesh.world_size)  # refuses a layout that does not fit the processes
         chunks, step = restore_model(config, mesh, path, use_ema)
         yield mesh, chunks, step

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from xdlm_megatron.config.derive import data_parallel_size
+from xdlm_megatron.config.schema import Parallel
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,17 @@ def open_mesh(
         parallel_state.destroy_model_parallel()
         if started_here:
             dist.destroy_process_group()
+
+
+def open_mesh_for(parallel: Parallel) -> AbstractContextManager[Mesh]:
+    """The mesh that a recipe's `parallel` section asks for."""
+    return open_mesh(
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
 
 
 def seed_model_parallel_rng(seed: int) -> None:

@@ -29,7 +29,7 @@ from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
-from xdlm_megatron.parallel.mesh import Mesh, open_mesh
+from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 from xdlm_megatron.tracking.console import ConsoleTracker
 from xdlm_megatron.tracking.jsonl import JsonlTracker, truncate_after
 from xdlm_megatron.tracking.mlflow import MlflowTracker
@@ -131,18 +131,9 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         ConfigError, DataError, CheckpointError, ValueError: the user's to mend, with the cure in the message.
         TrainingError: training cannot go on.
     """
-    parallel = config.parallel
     with ExitStack() as stack:
         stop = stack.enter_context(catch_stop_signals())
-        mesh = stack.enter_context(
-            open_mesh(
-                parallel.tensor_model_parallel_size,
-                parallel.pipeline_model_parallel_size,
-                parallel.virtual_pipeline_model_parallel_size,
-                parallel.distributed_timeout_minutes,
-                parallel.context_parallel_size,
-            )
-        )
+        mesh = stack.enter_context(open_mesh_for(config.parallel))
         _check_folder(config, resume)  # at once, and again when nobody else can change the answer
         run = build_run(config, mesh)
         stack.enter_context(locked_run(run.folder, mesh))
