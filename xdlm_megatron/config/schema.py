@@ -188,6 +188,8 @@ class Train:
     """Sequences in an optimizer step, over all processes and accumulated micro-batches."""
     fuse_head: Flag = False
     """Head and loss together, some tokens at a time: the logits of a micro-batch never exist at once."""
+    kernels: Literal["auto", "cuda", "reference"] = "auto"
+    """Loss by CUDA kernels (cuda), by PyTorch (reference), or by kernels where a GPU can run them (auto)."""
     log_interval: PositiveInt = 10
     """Steps between logged lines."""
     max_skipped_steps: PositiveInt = 10

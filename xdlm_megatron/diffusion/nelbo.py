@@ -33,20 +33,25 @@ def nelbo_density(
     """NELBO per token and unit of t: [B, S] nats, >= 0.
 
     logits_BSV: any float dtype (16-bit is computed in float32), not modified. zt_BS, x0_BS: int64; x0 is
-    never the mask. alpha_B, beta_B, dalpha_B: float [B] or broadcastable to [B, S]; dalpha < 0.
-    Differentiable in the logits.
+    never the mask. alpha_B, beta_B, dalpha_B: float [B] or broadcastable to [B, S]; dalpha < 0, or 0 for a
+    token without weight. Such a token has loss 0 and gradient 0 exactly, whatever its logits (NaN, inf),
+    its x0, alpha and beta are. Differentiable in the logits.
     """
-    log_p_BSV = log_probabilities(logits_BSV, noise)
+    dead_BS = (per_token(dalpha_B, dalpha_B.dtype) == 0).expand(zt_BS.shape)
+    log_p_BSV = log_probabilities(logits_BSV.masked_fill(dead_BS[..., None], 0.0), noise)
     alpha, beta, dalpha = (per_token(x, log_p_BSV.dtype) for x in (alpha_B, beta_B, dalpha_B))
+    alpha, beta = (x.expand(zt_BS.shape).masked_fill(dead_BS, 1.0) for x in (alpha, beta))
+    x0_BS = x0_BS.masked_fill(dead_BS, 1 if noise.mask_id == 0 else 0)
     log_px_BS = gather(log_p_BSV, x0_BS)
     if noise.uniform_ratio == 0:
-        return torch.where(noise.is_mask(zt_BS), dalpha / beta * log_px_BS, 0.0)
+        return torch.where(noise.is_mask(zt_BS) & ~dead_BS, dalpha / beta * log_px_BS, 0.0)
     c = noise.floor(alpha, beta)
     p_BSV = log_p_BSV.exp()
     others_BSV = p_BSV.scatter(-1, x0_BS[..., None], 0.0)
     rest_BS, T_BS = others_BSV.sum(-1), torch.log1p(others_BSV / c[..., None]).sum(-1)
     p_x_BS, p_z_BS = log_px_BS.exp(), gather(p_BSV, zt_BS)
-    return density_from_scalars(p_x_BS, rest_BS, p_z_BS, T_BS, zt_BS, x0_BS, alpha, beta, dalpha, noise)
+    loss_BS = density_from_scalars(p_x_BS, rest_BS, p_z_BS, T_BS, zt_BS, x0_BS, alpha, beta, dalpha, noise)
+    return loss_BS.masked_fill(dead_BS, 0.0)
 
 
 def finite_step_kl(

@@ -22,6 +22,7 @@ from xdlm_megatron.evaluation.nelbo import NelboEvaluator, NelboResult
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
 from xdlm_megatron.evaluation.trace import print_trace
+from xdlm_megatron.kernels.dispatch import choose_kernels
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 
@@ -32,13 +33,11 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
     with _restored(config, path, use_ema) as (mesh, chunks, step):
         samples = build_valid_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
         bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
-        evaluator = NelboEvaluator(
-            config,
-            mesh,
-            samples,
-            Objective(samples.noise, mesh, fuse_head=config.train.fuse_head),
-            bytes_per_token,
-        )
+        kernels = choose_kernels(config.train.kernels, mesh.device)
+        objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops)
+        evaluator = NelboEvaluator(config, mesh, samples, objective, bytes_per_token)
+        if mesh.is_main:
+            print(f"loss by {kernels.reason}", flush=True)
         result = evaluator(chunks)
         if mesh.is_main:
             held_out = np.stack(

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import Mesh
@@ -36,11 +37,13 @@ class Objective:
     """The negative ELBO per token, as `forward_step_func` of Megatron's schedules.
 
     fuse_head: the model stops before its head; the loss goes on from there and never makes the logits.
+    ops: who does the loss's work on rows of logits.
     """
 
     noise: StationaryNoise
     mesh: Mesh
     fuse_head: bool = field(default=False, kw_only=True)
+    ops: RowOps = field(default=REFERENCE, kw_only=True)
 
     def forward_step(self, batches: Iterator[NoisedBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """Runs one micro-batch; the loss function is called on the last pipeline stage only."""
@@ -65,5 +68,6 @@ class Objective:
         tp = self.mesh.groups.tp
         group = tp if tp.size() > 1 else None
         if weight_PH is not None:
-            return head_nelbo(output, weight_PH, *tokens, group=group)
-        return vocab_parallel_nelbo(output, *tokens, group=group, grad_in_place=torch.is_grad_enabled())
+            return head_nelbo(output, weight_PH, *tokens, group=group, ops=self.ops)
+        in_place = torch.is_grad_enabled()
+        return vocab_parallel_nelbo(output, *tokens, group=group, grad_in_place=in_place, ops=self.ops)

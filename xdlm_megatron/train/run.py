@@ -23,6 +23,7 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_train_samples, build_valid_samples
 from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator
+from xdlm_megatron.kernels.dispatch import Kernels, choose_kernels
 from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
 from xdlm_megatron.model.layer_spec import core_attention
 from xdlm_megatron.model.objective import Objective
@@ -64,6 +65,7 @@ class Run:
     chunks: list[MegatronModule]
     step: TrainStep
     evaluator: NelboEvaluator | None
+    kernels: Kernels
 
     def save(self, state: TrainState) -> Path:
         """Writes a checkpoint of the run at `state`."""
@@ -108,7 +110,8 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     derived = derive(config, mesh.world_size)
     positions = mesh.sequence_slice(config.data.seq_length)
     samples = build_train_samples(config, mesh.device, positions)
-    objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head)
+    kernels = choose_kernels(config.train.kernels, mesh.device)
+    objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops)
     evaluator = None
     if config.data.valid_prefix is not None:
         bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
@@ -119,7 +122,7 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     lr_schedule = build_lr_schedule(config.lr_schedule, config.optimizer, config.train.num_steps, optimizer)
     ema = Ema(chunks, optimizer, config.optimizer.ema_decay, mesh) if config.optimizer.ema_decay else None
     step = TrainStep(config, derived, mesh, chunks, optimizer, lr_schedule, ema, samples, objective)
-    return Run(config, derived, mesh, run_folder(config), chunks, step, evaluator)
+    return Run(config, derived, mesh, run_folder(config), chunks, step, evaluator, kernels)
 
 
 def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False) -> str:
@@ -170,6 +173,7 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
             f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
             f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype} on "
             f"{run.mesh.device.type}, attention by {core_attention(DTYPES[config.precision.dtype]).__name__}",
+            f"  loss by {run.kernels.reason}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
             f"{derived.data_parallel_size}, "

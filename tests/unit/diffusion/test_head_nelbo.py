@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xdlm_megatron.diffusion import vocab_parallel
+from xdlm_megatron.diffusion import row_ops
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
@@ -144,7 +144,7 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("same_upstream", [False, True])
 @pytest.mark.parametrize("k", [0.0, 0.1])
 def test_the_logits_of_all_tokens_never_exist(k, same_upstream, dtype, monkeypatch) -> None:
-    monkeypatch.setitem(vocab_parallel.SCRATCH_ELEMENTS, "cpu", 1 << 12)
+    monkeypatch.setitem(row_ops.SCRATCH_ELEMENTS, "cpu", 1 << 12)
     B, S, H, P, chunk = 4, 250, 8, 1024, 16
     leaves, rest, _ = make_case((B, S, H, 1003, P, 1002), k, dtype)
     upstream = torch.ones(B, S) if same_upstream else torch.rand(B, S)

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from xdlm_megatron.diffusion import vocab_parallel
+from xdlm_megatron.diffusion import row_ops
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import REFERENCE
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 
 NOISE = StationaryNoise(0.1, 11, 4)
@@ -42,17 +43,17 @@ def test_without_it_the_logits_survive():
 
 
 @pytest.mark.parametrize("grad_in_place", [False, True])
-def test_the_transposed_layout_is_read_and_written_where_it_lies(grad_in_place, monkeypatch):
+def test_the_transposed_layout_is_read_and_written_where_it_lies(grad_in_place):
     logits, rest = arguments()
     leaf = logits.clone().requires_grad_()
     want = vocab_parallel_nelbo(leaf, *rest)
     want.sum().backward()
 
     seen = []
-    monkeypatch.setattr(vocab_parallel, "row_stats", spy(vocab_parallel.row_stats, seen))
+    ops = REFERENCE._replace(stats=spy(REFERENCE.stats, seen))
     stored_SBP = logits.transpose(0, 1).contiguous().requires_grad_()
     shard = stored_SBP * 1
-    got = vocab_parallel_nelbo(shard.transpose(0, 1), *rest, grad_in_place=grad_in_place)
+    got = vocab_parallel_nelbo(shard.transpose(0, 1), *rest, grad_in_place=grad_in_place, ops=ops)
     got.sum().backward()
     assert torch.equal(got, want)
     assert torch.equal(stored_SBP.grad.transpose(0, 1), leaf.grad)
@@ -80,7 +81,7 @@ def test_row_chunks_do_not_change_a_bit(elements, k, monkeypatch):
         return loss, leaf.grad
 
     want = both()
-    monkeypatch.setitem(vocab_parallel.SCRATCH_ELEMENTS, "cpu", elements)
+    monkeypatch.setitem(row_ops.SCRATCH_ELEMENTS, "cpu", elements)
     for got, expected in zip(both(), want, strict=True):
         assert torch.equal(got, expected)
 

@@ -1,0 +1,66 @@
+"""Which implementation serves, and what an impossible wish says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import REFERENCE, Shard, Tokens
+from xdlm_megatron.kernels import dispatch
+from xdlm_megatron.kernels.build import BuildError
+from xdlm_megatron.kernels.dispatch import choose_kernels
+from xdlm_megatron.kernels.library import Library
+from xdlm_megatron.kernels.nelbo import nelbo_row_ops
+
+CPU = torch.device("cpu")
+
+
+def test_without_a_gpu_auto_is_the_reference_and_says_why() -> None:
+    for impl, reason in (("auto", "PyTorch (no GPU here)"), ("reference", "PyTorch (as train.kernels says)")):
+        kernels = choose_kernels(impl, CPU)
+        assert kernels.row_ops is REFERENCE
+        assert kernels.reason == reason
+
+
+def test_cuda_where_it_cannot_be_had_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"train.kernels=cuda cannot be had on cpu: no GPU here; or let train.k"
+    ):
+        choose_kernels("cuda", CPU)
+
+
+def test_a_gpu_without_library_and_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(device: torch.device) -> Library:
+        raise BuildError(
+            "no nvcc on the PATH nor in /usr/local/cuda; install the CUDA toolkit or set CUDA_HOME"
+        )
+
+    monkeypatch.setattr(dispatch, "_load", load)
+    assert choose_kernels("auto", torch.device("cuda")).reason.startswith("PyTorch (no nvcc on the PATH")
+    with pytest.raises(ValueError, match="cannot be had on cuda: no nvcc on the PATH"):
+        choose_kernels("cuda", torch.device("cuda"))
+
+
+def test_a_library_that_can_be_had_serves(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_load", lambda device: library)
+    for impl in ("auto", "cuda"):
+        kernels = choose_kernels(impl, CPU)
+        assert kernels.row_ops is not REFERENCE
+        assert kernels.reason == f"CUDA kernels ({library.path.name})"
+    assert choose_kernels("reference", CPU).row_ops is REFERENCE
+
+
+def test_tensors_that_the_kernels_cannot_take_are_refused(library: Library) -> None:
+    on, ops = library.device_type, nelbo_row_ops(library)
+    shard = Shard(StationaryNoise(0.1, 11, 4))
+    ids, rates = torch.zeros(3, dtype=torch.int64, device=on), torch.ones(3, device=on)
+    tokens = Tokens(ids, ids, rates, rates, rates)
+    with pytest.raises(
+        ValueError, match=r"logits of dtype torch.float16: the kernels take float32 and bfloat16"
+    ):
+        ops.stats(torch.zeros(3, 11, dtype=torch.float16, device=on), tokens, shard)
+    with pytest.raises(ValueError, match="columns must be contiguous"):
+        ops.stats(torch.zeros(11, 3, device=on).t(), tokens, shard)
+    with pytest.raises(ValueError, match=r"zt_N: torch.int32 .* the kernels take contiguous torch.int64"):
+        ops.stats(torch.zeros(3, 11, device=on), Tokens(ids.int(), ids, rates, rates, rates), shard)

@@ -1,0 +1,130 @@
+"""The kernels' own source against float64 brute force: on the host (threads for a block), and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from xdlm_megatron.diffusion.nelbo import nelbo_density
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import RowOps, Shard, Tokens
+from xdlm_megatron.kernels.library import Library
+from xdlm_megatron.kernels.nelbo import nelbo_row_ops
+
+F64 = torch.float64
+RATIOS = [0.0, 1e-3, 0.1, 0.5, 1.0]
+BETAS = [1e-3, 0.5, 1 - 1e-3]
+KINDS = 3  # z_t is the mask, x0, another token
+GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # of a row's largest gradient
+# vocabulary -> columns of all shards together (a multiple of 4), the padding included
+PADDED = {250: 256, 1000: 1004, 32003: 32128, 50304: 50304, 131072: 131072}
+
+
+@pytest.fixture(scope="module")
+def ops(library: Library) -> RowOps:
+    return nelbo_row_ops(library)
+
+
+def make_case(V: int, k: float, dtype: torch.dtype, betas: list[float] = BETAS, scale: float = 3.0) -> tuple:
+    """(logits [N, P] with garbage at mask and padding, tokens, noise, upstream): a row a kind and beta, and a
+    row of NaN without weight.
+    """
+    generator = torch.Generator().manual_seed(V)
+    noise = StationaryNoise(k, V, V // 3)
+    kinds = torch.tensor([V // 3, 1, V - 1]).repeat(len(betas))
+    N = len(kinds) + 1
+    logits = scale * torch.randn(N, PADDED[V], generator=generator)
+    logits[:, V:] = 50.0
+    logits[:, V // 3] = 60.0
+    logits[-1] = torch.nan
+    zt = torch.cat([kinds, torch.tensor([1])])
+    beta = torch.cat([torch.tensor(betas, dtype=F64).repeat_interleave(KINDS), torch.zeros(1, dtype=F64)])
+    dalpha = torch.where(torch.arange(N) < N - 1, -0.999, 0.0)
+    x0 = torch.where(torch.arange(N) < N - 1, 1, V // 3)
+    tokens = Tokens(zt, x0, *(rate.float() for rate in (1 - beta, beta, dalpha)))
+    upstream = 0.5 + torch.rand(N, generator=generator)
+    return logits.to(dtype), tokens, noise, upstream
+
+
+def by_brute_force(logits_NP: Tensor, tokens: Tokens, noise: StationaryNoise, upstream_N: Tensor) -> tuple:
+    """Loss and gradient in float64, of the same logits and rates, by autograd through the dense loss."""
+    leaf = logits_NP.to(F64).requires_grad_()
+    rates = (rate.to(F64)[None] for rate in (tokens.alpha_N, tokens.beta_N, tokens.dalpha_N))
+    loss = nelbo_density(leaf[None], tokens.zt_N[None], tokens.x0_N[None], *rates, noise)[0]
+    (grad,) = torch.autograd.grad(loss, leaf, upstream_N.to(F64))
+    return loss.detach(), grad
+
+
+def by_row_ops(
+    ops: RowOps,
+    logits_NP: Tensor,
+    tokens: Tokens,
+    noise: StationaryNoise,
+    upstream_N: Tensor | None,
+    tp: int,
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient over `tp` slices of the columns, as that many ranks would; the gradient in place."""
+    P = logits_NP.shape[1] // tp
+    slices = [logits_NP[:, r * P : (r + 1) * P] for r in range(tp)]
+    shards = [Shard(noise, r * P) for r in range(tp)]
+    pairs = list(zip(slices, shards, strict=True))
+    merged_5N = ops.merge(torch.stack([ops.stats(x, tokens, shard) for x, shard in pairs]), tokens, noise)
+    sums_R2N = None
+    if noise.uniform_ratio > 0:
+        sums_R2N = torch.stack([ops.sums(x, tokens, merged_5N, shard) for x, shard in pairs])
+    loss_N, terms_6N = ops.finish(merged_5N, sums_R2N, tokens, noise)
+    for x, shard in pairs:
+        ops.grad(x, tokens, terms_6N, upstream_N, shard, x)
+    return loss_N, logits_NP
+
+
+def move(tokens: Tokens, device: str) -> Tokens:
+    names = ("zt_N", "x0_N", "alpha_N", "beta_N", "dalpha_N")
+    return Tokens(*(getattr(tokens, name).to(device) for name in names))
+
+
+def check(
+    got: tuple, want: tuple, tokens: Tokens, noise: StationaryNoise, upstream: Tensor, tol: float
+) -> None:
+    (loss, grad), (want_loss, want_grad) = got, want
+    # a loss near 0 is compared with the scale of its row, 1 / beta
+    floor = 1e-2 * tokens.dalpha_N.abs().to(F64) / tokens.beta_N.clamp_min(1e-30)
+    error = ((loss.to(F64) - want_loss).abs() / (want_loss.abs() + floor).clamp_min(1e-30)).max()
+    assert error < 1e-4, error
+    live = tokens.live(noise)
+    size = want_grad.abs().amax(1)
+    assert (size[live] > 0).all(), "the check must have something to compare with"
+    error = ((grad.to(F64) - want_grad).abs().amax(1) / size.clamp_min(1e-30))[live].max()
+    assert error < tol, error
+    assert (loss[~live] == 0).all()
+    assert (grad[~live] == 0).all()
+    assert (grad[:, noise.vocab_size :] == 0).all()
+    assert (grad[:, noise.mask_id] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", GRAD_TOLERANCE)
+@pytest.mark.parametrize("k", RATIOS)
+@pytest.mark.parametrize("V", [250, 1000])
+def test_small_vocabularies_split_among_1_2_and_4_ranks(V, k, dtype, ops, library) -> None:
+    logits, tokens, noise, upstream = make_case(V, k, dtype)
+    want = by_brute_force(logits, tokens, noise, upstream)
+    on = library.device_type
+    for tp in (1, 2, 4):
+        arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
+        got = (x.cpu() for x in by_row_ops(ops, *arguments, tp))
+        check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("V", "tps"), [(32003, (1, 4)), (50304, (1, 2)), (131072, (1, 4))])
+@pytest.mark.parametrize("k", RATIOS)
+def test_vocabularies_that_are_trained(V, tps, k, ops, library) -> None:
+    """Every kind of token at both ends of the schedule; both dtypes in turn."""
+    on = library.device_type
+    for dtype, betas in ((torch.float32, [1e-3, 1 - 1e-3]), (torch.bfloat16, [0.5])):
+        logits, tokens, noise, upstream = make_case(V, k, dtype, betas, scale=2.0)
+        want = by_brute_force(logits, tokens, noise, upstream)
+        for tp in tps:
+            arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
+            got = (x.cpu() for x in by_row_ops(ops, *arguments, tp))
+            check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])

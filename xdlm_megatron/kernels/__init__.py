@@ -1,0 +1,1 @@
+"""CUDA twins of diffusion/: the same operations, the same signatures, chosen by dispatch.py."""

@@ -1,0 +1,16 @@
+#include "portable.cuh"
+
+const char* xdlm_error(int64_t code) {
+  switch (code) {
+    case kBadDtype: return "logits must be float32 or bfloat16";
+    case kBadShape: return "a size is negative, or the shard has no columns";
+    case kDoesNotFit: return "a row does not fit into the shared memory of a cluster";
+  }
+#if defined(__CUDACC__)
+  return cudaGetErrorString(cudaError_t(code));
+#else
+  return "unknown error";
+#endif
+}
+
+int64_t xdlm_rows_bytes(void) { return sizeof(XdlmRows); }

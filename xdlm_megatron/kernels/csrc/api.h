@@ -1,0 +1,43 @@
+// The C interface of the kernels, the same for the CUDA and the host build. No exceptions, no allocation; a call
+// returns 0 or an error number and works asynchronously on `stream` (the host build: at once). Integers are
+// int64_t and reals float throughout, so that the binding needs no table of types.
+#pragma once
+#include <stdint.h>
+
+#define XDLM_API extern "C" __attribute__((visibility("default")))
+
+enum XdlmDtype { kFloat32 = 0, kBfloat16 = 1 };
+
+// Own error numbers lie above CUDA's.
+enum XdlmError { kBadDtype = 100001, kBadShape = 100002, kDoesNotFit = 100003 };
+
+// Rows of logits, one rank's columns [rows, columns] with row_stride elements from row to row, and what the loss
+// knows of their tokens. Column j is the id first_id + j; ids from vocab_size on are padding; mask_id is -1 where
+// there is no mask.
+struct XdlmRows {
+  const void* logits;
+  const int64_t* zt;
+  const int64_t* x0;
+  const float* alpha;
+  const float* beta;
+  const float* dalpha;
+  int64_t rows, columns, row_stride, dtype;
+  int64_t first_id, vocab_size, mask_id;
+  float uniform_ratio;
+};
+
+// The text of an error number.
+XDLM_API const char* xdlm_error(int64_t code);
+// Bytes of XdlmRows: a binding compares them with its own.
+XDLM_API int64_t xdlm_rows_bytes(void);
+
+// The passes over the vocabulary and the per-token steps between them; row_ops.py says what they compute.
+XDLM_API int xdlm_nelbo_stats(const XdlmRows*, float* stats_4N, void* stream);
+XDLM_API int xdlm_nelbo_merge(const XdlmRows*, const float* stats_R4N, int64_t ranks, float* merged_5N, void* stream);
+XDLM_API int xdlm_nelbo_sums(const XdlmRows*, const float* merged_5N, float* sums_2N, void* stream);
+// sums_R2N is null at uniform_ratio 0.
+XDLM_API int xdlm_nelbo_finish(const XdlmRows*, const float* merged_5N, const float* sums_R2N, int64_t ranks,
+                               float* loss_N, float* terms_6N, void* stream);
+// upstream_N null: 1. out may be the logits.
+XDLM_API int xdlm_nelbo_grad(const XdlmRows*, const float* terms_6N, const float* upstream_N, void* out,
+                             int64_t out_stride, void* stream);

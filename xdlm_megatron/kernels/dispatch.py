@@ -1,0 +1,53 @@
+"""Which implementation serves: the kernels where a GPU can run them, the readable twins elsewhere."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+
+from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
+from xdlm_megatron.kernels.build import BuildError
+from xdlm_megatron.kernels.library import KernelError, Library, load_cuda
+from xdlm_megatron.kernels.nelbo import nelbo_row_ops
+
+Impl = Literal["auto", "cuda", "reference"]
+
+
+class Kernels(NamedTuple):
+    """The implementations for one device. library: None where the PyTorch twins of diffusion/ serve. reason:
+    what serves and why, for a log.
+    """
+
+    library: Library | None
+    reason: str
+
+    @property
+    def row_ops(self) -> RowOps:
+        """For the losses of diffusion/."""
+        return REFERENCE if self.library is None else nelbo_row_ops(self.library)
+
+
+def choose_kernels(impl: Impl, device: torch.device) -> Kernels:
+    """`auto` takes CUDA kernels where the device, a library or a compiler for it allow.
+
+    Raises:
+        ValueError: impl is "cuda" and they do not.
+    """
+    if impl == "reference":
+        return Kernels(None, "PyTorch (as train.kernels says)")
+    try:
+        library = _load(device)
+    except (BuildError, KernelError, OSError) as error:
+        if impl == "cuda":
+            raise ValueError(
+                f"train.kernels=cuda cannot be had on {device.type}: {error}; or let train.kernels be auto"
+            ) from error
+        return Kernels(None, f"PyTorch ({error})")
+    return Kernels(library, f"CUDA kernels ({library.path.name})")
+
+
+def _load(device: torch.device) -> Library:
+    if device.type != "cuda":
+        raise BuildError("no GPU here")
+    return load_cuda(*torch.cuda.get_device_capability(device))

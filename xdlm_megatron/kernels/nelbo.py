@@ -1,0 +1,75 @@
+"""The row operations of diffusion/row_ops.py by the kernels of csrc/nelbo.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import RowOps, Shard, Tokens
+from xdlm_megatron.kernels.library import Library, rows_of
+
+
+def nelbo_row_ops(library: Library) -> RowOps:
+    """RowOps whose tensors lie on the library's device. Logits: float32 or bfloat16, of any alignment."""
+    kernels = _NelboKernels(library)
+    return RowOps(kernels.stats, kernels.merge, kernels.sums, kernels.finish, kernels.grad)
+
+
+class _NelboKernels:
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def stats(self, logits_NP: Tensor, tokens: Tokens, shard: Shard) -> Tensor:
+        stats_4N = tokens.alpha_N.new_empty(4, len(tokens))
+        self._call("xdlm_nelbo_stats", logits_NP, tokens, shard, stats_4N)
+        return stats_4N
+
+    def merge(self, stats_R4N: Tensor, tokens: Tokens, noise: StationaryNoise) -> Tensor:
+        merged_5N = stats_R4N.new_empty(5, len(tokens))
+        self._call("xdlm_nelbo_merge", None, tokens, Shard(noise), stats_R4N, len(stats_R4N), merged_5N)
+        return merged_5N
+
+    def sums(self, logits_NP: Tensor, tokens: Tokens, merged_5N: Tensor, shard: Shard) -> Tensor:
+        sums_2N = merged_5N.new_empty(2, len(tokens))
+        self._call("xdlm_nelbo_sums", logits_NP, tokens, shard, merged_5N, sums_2N)
+        return sums_2N
+
+    def finish(
+        self, merged_5N: Tensor, sums_R2N: Tensor | None, tokens: Tokens, noise: StationaryNoise
+    ) -> tuple[Tensor, Tensor]:
+        loss_N, terms_6N = merged_5N.new_empty(len(tokens)), merged_5N.new_empty(6, len(tokens))
+        ranks = 1 if sums_R2N is None else len(sums_R2N)
+        sums = (merged_5N, sums_R2N, ranks, loss_N, terms_6N)
+        self._call("xdlm_nelbo_finish", None, tokens, Shard(noise), *sums)
+        return loss_N, terms_6N
+
+    def grad(
+        self,
+        logits_NP: Tensor,
+        tokens: Tokens,
+        terms_6N: Tensor,
+        upstream_N: Tensor | None,
+        shard: Shard,
+        out_NP: Tensor,
+    ) -> None:
+        if out_NP.dtype != logits_NP.dtype or (out_NP.shape[1] > 1 and out_NP.stride(1) != 1):
+            raise ValueError(
+                f"out: {out_NP.dtype} with strides {out_NP.stride()}; as the logits, columns contiguous"
+            )
+        if upstream_N is not None:
+            upstream_N = upstream_N.to(torch.float32).contiguous()
+        arguments = (terms_6N.contiguous(), upstream_N, out_NP, out_NP.stride(0))
+        self._call("xdlm_nelbo_grad", logits_NP, tokens, shard, *arguments)
+
+    def _call(
+        self, name: str, logits_NP: Tensor | None, tokens: Tokens, shard: Shard, *arguments: object
+    ) -> None:
+        device = tokens.alpha_N.device
+        if device.type != self._library.device_type:
+            raise ValueError(
+                f"tensors on {device}: {self._library.path.name} takes {self._library.device_type}"
+            )
+        # what works on tokens alone reads no logits
+        logits_NP = tokens.alpha_N[:, None] if logits_NP is None else logits_NP
+        self._library.call(name, device, rows_of(logits_NP, tokens, shard), *arguments)
