@@ -4,7 +4,8 @@
     python -m xdlm_megatron.kernels.build report --arch sm_80 sm_90a  # registers and spills of every kernel
 
 A library's name holds a hash of the sources and flags, so that no library is ever out of date, and the GPUs
-it is for. It is written aside and renamed: processes that build at the same time each put a whole file in place.
+it is for. It is written aside and renamed: processes that build at the same time each put a whole file in
+place.
 
 CUDA_HOME, where set, decides which nvcc is used; TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") which GPUs an
 ahead-of-time build is for; XDLM_KERNEL_CACHE where libraries are kept. Standard library only.
