@@ -36,6 +36,7 @@ def parse_arguments() -> PreprocessOptions:
         help="SentencePiece .model or Hugging Face tokenizer.json",
     )
     flag("--json-key", default="text", help="the key of the text in JSON lines (default: text)")
+    flag("--prompt-key", help="the key of a prompt before the text, for data.clean_prompts (default: none)")
     flag("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: all cores)")
     flag(
         "--append-eod",

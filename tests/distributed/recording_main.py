@@ -25,7 +25,7 @@ def recording_build(self, sample_ids, slots, batch_size) -> Batch:
     if self.streams[0] is Stream.TIME:
         for row, sample_id in enumerate(sample_ids):
             pieces = seen.setdefault(str(sample_id), {})
-            pieces[self.positions.start or 0] = [float(batch.t_B[row]).hex(), *batch.zt_BS[row].tolist()]
+            pieces[self.positions.start or 0] = [float(batch.t_BS[row, 0]).hex(), *batch.zt_BS[row].tolist()]
     return batch
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.config.schema import Data, RunConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
@@ -37,6 +37,11 @@ def padded_vocab_size(config: RunConfig) -> int:
     """vocab_size rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size."""
     unit = config.data.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
     return -(-config.data.vocab_size // unit) * unit
+
+
+def keeps_documents_apart(data: Data) -> bool:
+    """Whether attention is masked: it stays within documents, or off positions past a random length."""
+    return data.packing != "stream" or data.random_length_fraction > 0
 
 
 def num_query_groups(config: RunConfig) -> int:

@@ -79,6 +79,13 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
             f"diffusion.uniform_ratio={config.diffusion.uniform_ratio} must be 0 or at least 1e-12, which "
             "float32 still resolves; take 0"
         )
+    packing = f"data.packing={config.data.packing}"
+    if config.diffusion.time_per == "document" and config.data.packing != "documents":
+        yield f"diffusion.time_per=document has no effect at {packing}; take documents, or time_per=sequence"
+    if config.data.packing == "documents" and model.mcore.get("apply_rope_fusion"):
+        yield (
+            f"model.mcore.apply_rope_fusion=true cannot restart positions, which {packing} does; turn one off"
+        )
     if config.data.mask_id >= config.data.vocab_size:
         yield (
             f"data.mask_id={config.data.mask_id} must be below data.vocab_size={config.data.vocab_size}, "

@@ -47,6 +47,8 @@ class Diffusion:
     """Floor of alpha at t = 1 (the paper's 1e-3)."""
     t_min: SmallFraction = 1e-3
     """Training and evaluation draw t from (t_min, 1) (the paper's 1e-3)."""
+    time_per: Literal["sequence", "document"] = "sequence"
+    """Whether a sequence has one t, or each document in it its own (data.packing=documents)."""
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
@@ -115,6 +117,12 @@ class Data:
     """SentencePiece .model or Hugging Face tokenizer.json."""
     seq_length: PositiveInt
     """Tokens in a sample."""
+    packing: Literal["stream", "documents", "padded"] = "stream"
+    """Documents end to end, read as one (stream) or each for itself (documents); padded: one a sample."""
+    clean_prompts: Flag = False
+    """Leave each document's prompt (tools/preprocess_data.py --prompt-key) un-noised and out of the loss."""
+    random_length_fraction: Fraction = 0.0
+    """Share of training samples of which only a random number of tokens is read and scored (LLaDA: 0.01)."""
     vocab_size: AtLeastTwo
     """Number of states, the mask token counted."""
     mask_id: NonNegativeInt

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from xdlm_megatron.config.schema import Data, Diffusion, RunConfig
-from xdlm_megatron.data.batch import Index, NoisedSamples
+from xdlm_megatron.data.batch import DocumentRules, Index, NoisedSamples
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.indexed import load_manifest
-from xdlm_megatron.data.packing import PackedDataset
+from xdlm_megatron.data.packing import PackedDataset, Packing, PaddedDataset
 from xdlm_megatron.data.sampler import ShuffledIndex, SpreadIndex
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
@@ -32,10 +32,10 @@ def build_schedule(section: Diffusion) -> Schedule:
 
 def build_train_samples(config: RunConfig, device: torch.device, positions: slice = WHOLE) -> NoisedSamples:
     """Training samples in shuffled order, with training's noise; `positions` of each. Raises DataError."""
-    _check_vocabulary(config.data, config.data.train_prefix)
-    dataset = PackedDataset(config.data.train_prefix, config.data.seq_length)
+    dataset = _open_dataset(config.data, config.data.train_prefix)
     index = ShuffledIndex(len(dataset), config.run.seed)
-    return _noised(config, dataset, index, (Stream.TIME, Stream.NOISE), device, positions)
+    rules = _document_rules(config, config.data.random_length_fraction)
+    return _noised(config, dataset, index, (Stream.TIME, Stream.NOISE), device, positions, rules)
 
 
 def build_valid_samples(config: RunConfig, device: torch.device, positions: slice = WHOLE) -> NoisedSamples:
@@ -46,19 +46,29 @@ def build_valid_samples(config: RunConfig, device: torch.device, positions: slic
     """
     if config.data.valid_prefix is None:
         raise DataError("data.valid_prefix is null, and evaluation needs held-out text; set it to a prefix")
-    _check_vocabulary(config.data, config.data.valid_prefix)
-    dataset = PackedDataset(config.data.valid_prefix, config.data.seq_length)
+    dataset = _open_dataset(config.data, config.data.valid_prefix)
     index = SpreadIndex(min(len(dataset), config.evaluation.num_sequences), len(dataset))
-    return _noised(config, dataset, index, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device, positions)
+    rules = _document_rules(config, random_length_fraction=0.0)
+    return _noised(config, dataset, index, (Stream.EVAL_TIME, Stream.EVAL_NOISE), device, positions, rules)
+
+
+def _document_rules(config: RunConfig, random_length_fraction: float) -> DocumentRules:
+    return DocumentRules(
+        separate=config.data.packing != "stream",
+        time_per_document=config.diffusion.time_per == "document",
+        clean_prompts=config.data.clean_prompts,
+        random_length_fraction=random_length_fraction,
+    )
 
 
 def _noised(
     config: RunConfig,
-    dataset: PackedDataset,
+    dataset: Packing,
     index: Index,
     streams: tuple[Stream, Stream],
     device: torch.device,
     positions: slice,
+    rules: DocumentRules,
 ) -> NoisedSamples:
     return NoisedSamples(
         dataset=dataset,
@@ -70,11 +80,24 @@ def _noised(
         streams=streams,
         device=device,
         positions=positions,
+        rules=rules,
     )
 
 
-def _check_vocabulary(data: Data, prefix: str) -> None:
+def _open_dataset(data: Data, prefix: str) -> Packing:
+    _check_manifest(data, prefix)
+    if data.packing == "padded":
+        return PaddedDataset(prefix, data.seq_length, whole=data.clean_prompts)
+    return PackedDataset(prefix, data.seq_length)
+
+
+def _check_manifest(data: Data, prefix: str) -> None:
     manifest = load_manifest(prefix)
+    if data.clean_prompts and manifest.prompt_tokens is None:
+        raise DataError(
+            f"data.clean_prompts=true needs documents with prompts, and {prefix} has none; "
+            "preprocess with --prompt-key, or turn it off"
+        )
     for knob, given, found in (
         ("data.vocab_size", data.vocab_size, manifest.vocab_size),
         ("data.mask_id", data.mask_id, manifest.mask_id),

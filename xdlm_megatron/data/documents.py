@@ -35,6 +35,14 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Document:
+    """texts: (text,), or (prompt, text). where: "file:line"."""
+
+    where: str
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Skip:
     """A line that gave no document. where: "file:line"."""
 
@@ -99,50 +107,70 @@ def read_blocks(paths: Iterable[Path], block_bytes: int) -> Iterator[Block]:
                 ) from error
 
 
-def parse(block: Block, json_key: str) -> Iterator[tuple[str, str] | Skip]:
-    """Yields ("file:line", text) of each document, or why a line gave none; blank lines give nothing."""
+def parse(block: Block, json_key: str, prompt_key: str | None = None) -> Iterator[Document | Skip]:
+    """Yields each document, or why a line gave none; blank lines give nothing. A prompt may be empty."""
     for number, line in enumerate(block.lines, block.first_line):
         if block.is_json and not line.strip():
             continue
         where = f"{block.path}:{number}"
-        text, reason = _json_text(line, json_key) if block.is_json else _plain_text(line)
-        yield (where, text) if reason is None else Skip(where, reason)
+        try:
+            texts = (_json_texts if block.is_json else _plain_text)(line, json_key, prompt_key)
+        except _NoDocumentError as reason:
+            yield Skip(where, str(reason))
+        else:
+            yield Document(where, texts)
 
 
-def _json_text(line: bytes, key: str) -> tuple[str, str | None]:
-    """(text, None) or ("", reason) of one line."""
+class _NoDocumentError(Exception):
+    """Why a line gives none."""
+
+
+def _json_texts(line: bytes, key: str, prompt_key: str | None) -> tuple[str, ...]:
+    """(text,), or (prompt, text)."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        return "", "not UTF-8"
+        raise _NoDocumentError("not UTF-8") from None
     except (ValueError, RecursionError):
-        return "", "not JSON"
+        raise _NoDocumentError("not JSON") from None
     if not isinstance(record, dict):
-        return "", "not a JSON object"
+        raise _NoDocumentError("not a JSON object")
+    text = _whole(_string(record, key))
+    return (text,) if prompt_key is None else (_encodable(_string(record, prompt_key)), text)
+
+
+def _string(record: dict, key: str) -> str:
     if key not in record:
-        return "", f"no key {key!r}"
+        raise _NoDocumentError(f"no key {key!r}")
     text = record[key]
     if not isinstance(text, str):
-        return "", f"{key!r} is not a string"
-    return text, _flaw(text)
+        raise _NoDocumentError(f"{key!r} is not a string")
+    return text
 
 
-def _plain_text(raw: bytes) -> tuple[str, str | None]:
+def _plain_text(raw: bytes, _: str, prompt_key: str | None) -> tuple[str, ...]:
+    if prompt_key is not None:
+        raise _NoDocumentError(f"plain text, which has no {prompt_key!r}")
     try:
-        text = raw.decode("utf-8")
+        return (_whole(raw.decode("utf-8")),)
     except UnicodeDecodeError:
-        return "", "not UTF-8"
-    return text, _flaw(text)
+        raise _NoDocumentError("not UTF-8") from None
 
 
-def _flaw(text: str) -> str | None:
+def _whole(text: str) -> str:
     if not text or text.isspace():
-        return "empty text"
+        raise _NoDocumentError("empty text")
+    return _encodable(text)
+
+
+def _encodable(text: str) -> str:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        return "half a surrogate pair"  # JSON may spell one as \ud800; no tokenizer takes it
-    return None
+        raise _NoDocumentError(
+            "half a surrogate pair"
+        ) from None  # JSON may spell \ud800; no tokenizer takes it
+    return text
 
 
 def _kind(path: Path) -> str:

@@ -19,6 +19,8 @@ from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.indexed import dtype_for
 from xdlm_megatron.data.tokenizer import load_tokenizer
 
+Pieces = list[list[int]]  # a document's ids: its own, or its prompt's and the rest
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeOptions:
@@ -26,6 +28,7 @@ class EncodeOptions:
 
     tokenizer: str
     json_key: str = "text"
+    prompt_key: str | None = None
     append_eod: bool = True
     valid_fraction: float = 0.0
     min_tokens: int = 1
@@ -33,11 +36,16 @@ class EncodeOptions:
 
 @dataclass(frozen=True)
 class Part:
-    """Documents of a block on one side of the split. ids: all their tokens; lengths: int32 [documents]."""
+    """Documents of a block on one side of the split.
+
+    ids: all their tokens; lengths: int32 [documents, 1], or [documents, 2] of prompt and rest; text_bytes: of
+    both, prompt_bytes: of the prompts.
+    """
 
     ids: NDArray[np.unsignedinteger | np.signedinteger]
     lengths: NDArray[np.int32]
     text_bytes: int
+    prompt_bytes: int
 
 
 @dataclass(frozen=True)
@@ -66,29 +74,36 @@ class BlockEncoder:
             self.eod = [self.tokenizer.eod_id]
 
     def __call__(self, block: Block) -> Encoded:
-        parsed = list(parse(block, self.options.json_key))
+        parsed = list(parse(block, self.options.json_key, self.options.prompt_key))
         skips = [item for item in parsed if isinstance(item, Skip)]
         documents = [item for item in parsed if not isinstance(item, Skip)]
-        sides: tuple[list[list[int]], list[list[int]]] = ([], [])
-        text_bytes = [0, 0]
-        encoded = self.tokenizer.encode_batch([text for _, text in documents])
-        for (where, text), ids in zip(documents, encoded, strict=True):
+        sides: tuple[list[Pieces], list[Pieces]] = ([], [])
+        num_bytes = np.zeros((2, 2), dtype=np.int64)  # side, (all pieces, prompts)
+        encoded = self.tokenizer.encode_batch([text for document in documents for text in document.texts])
+        pieces_of = iter(encoded)
+        for document in documents:
+            *prompt, ids = [next(pieces_of) for _ in document.texts]
             if len(ids) < self.options.min_tokens:
-                skips.append(Skip(where, f"fewer than {self.options.min_tokens} tokens"))
+                skips.append(Skip(document.where, f"fewer than {self.options.min_tokens} tokens"))
                 continue
-            raw = text.encode("utf-8")
-            side = int(is_held_out(raw, self.options.valid_fraction))
-            sides[side].append(ids + self.eod)
-            text_bytes[side] += len(raw)
-        parts = (self._part(sides[0], text_bytes[0]), self._part(sides[1], text_bytes[1]))
+            raw = [text.encode("utf-8") for text in document.texts]
+            side = int(is_held_out(b"".join(raw), self.options.valid_fraction))
+            sides[side].append([*prompt, ids + self.eod])
+            num_bytes[side] += (sum(map(len, raw)), sum(map(len, raw[:-1])))
+        parts = (self._part(sides[0], *num_bytes[0]), self._part(sides[1], *num_bytes[1]))
         return Encoded(parts, skips, block.disk_bytes)
 
-    def _part(self, documents: list[list[int]], text_bytes: int) -> Part:
-        lengths = np.fromiter(map(len, documents), dtype=np.int32, count=len(documents))
-        ids = np.fromiter(itertools.chain.from_iterable(documents), dtype=np.int64, count=int(lengths.sum()))
+    def _part(self, documents: list[Pieces], text_bytes: int, prompt_bytes: int) -> Part:
+        width = 1 if self.options.prompt_key is None else 2
+        lengths = np.array([[len(piece) for piece in pieces] for pieces in documents], dtype=np.int32)
+        ids = np.fromiter(
+            itertools.chain.from_iterable(piece for pieces in documents for piece in pieces),
+            dtype=np.int64,
+            count=int(lengths.sum()),
+        )
         assert ids.size == 0 or 0 <= ids.min() <= ids.max() < self.tokenizer.vocab_size
         assert not (ids == self.tokenizer.mask_id).any(), "the tokenizer made the mask from text"
-        return Part(ids.astype(self.dtype), lengths, text_bytes)
+        return Part(ids.astype(self.dtype), lengths.reshape(-1, width), int(text_bytes), int(prompt_bytes))
 
 
 def is_held_out(raw: bytes, fraction: float) -> bool:

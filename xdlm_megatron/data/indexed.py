@@ -36,7 +36,8 @@ class Manifest:
 
     text_bytes: UTF-8 bytes of the documents' text, so that nats per token become bits per byte.
     skipped: number of input lines left out, by reason. sizes and sha256: {"bin": ..., "idx": ...}.
-    arguments: the options of the command that made it.
+    arguments: the options of the command that made it. prompt_tokens and prompt_bytes: of the prompts, which
+    the other figures count too; None where documents have none.
     """
 
     documents: int
@@ -54,6 +55,14 @@ class Manifest:
     sizes: dict[str, int]
     sha256: dict[str, str]
     arguments: dict[str, Any]
+    prompt_tokens: int | None = None
+    prompt_bytes: int | None = None
+
+    def scored_bytes_per_token(self, clean_prompts: bool) -> float:
+        """UTF-8 bytes of text for each token that the loss counts."""
+        if not clean_prompts:
+            return self.bytes_per_token
+        return (self.text_bytes - (self.prompt_bytes or 0)) / (self.tokens - (self.prompt_tokens or 0))
 
     def write(self, path: Path) -> None:
         """Writes the manifest as JSON and waits until the disk has it."""
@@ -139,3 +148,6 @@ def _check_pointers(prefix: str, dataset: IndexedDataset) -> None:
         raise DataError(
             f"{prefix}.idx points to documents out of order; merge with IndexedDatasetBuilder.add_index"
         )
+    bounds = dataset.document_indices
+    if bounds[0] != 0 or bounds[-1] != len(lengths) or (np.diff(bounds) < 0).any():
+        raise DataError(f"{prefix}.idx has document bounds that do not cover its sequences; {REMAKE}")

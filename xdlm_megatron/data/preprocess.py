@@ -77,19 +77,21 @@ class _Writer:
     def __init__(self, stem: Path, tokenizer_dtype: type) -> None:
         self.stem = stem
         self.dtype = tokenizer_dtype
-        self.documents = self.tokens = self.text_bytes = 0
+        self.documents = self.tokens = self.text_bytes = self.prompt_tokens = self.prompt_bytes = 0
         self._sha256 = hashlib.sha256()
         self._builder = megatron_indexed().IndexedDatasetBuilder(f"{stem}.bin", dtype=tokenizer_dtype)
 
     def add(self, part: Part) -> None:
         start = 0
-        for length in part.lengths.tolist():
-            self._builder.add_document(part.ids[start : start + length], [length])
-            start += length
+        for lengths in part.lengths.tolist():
+            self._builder.add_document(part.ids[start : start + sum(lengths)], lengths)
+            start += sum(lengths)
         self._sha256.update(part.ids.tobytes())
         self.documents += len(part.lengths)
         self.tokens += part.ids.size
         self.text_bytes += part.text_bytes
+        self.prompt_tokens += int(part.lengths[:, :-1].sum())
+        self.prompt_bytes += part.prompt_bytes
 
     def close(self) -> None:
         """Closes the .bin without an index: the files will be thrown away."""
@@ -121,6 +123,8 @@ class _Writer:
                 "idx": hashlib.sha256(files["idx"].read_bytes()).hexdigest(),
             },
             arguments=dataclasses.asdict(options),
+            prompt_tokens=None if options.prompt_key is None else self.prompt_tokens,
+            prompt_bytes=None if options.prompt_key is None else self.prompt_bytes,
         )
         manifest.write(Path(f"{self.stem}.json"))
         return manifest

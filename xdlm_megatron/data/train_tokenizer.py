@@ -27,8 +27,9 @@ def read_texts(inputs: tuple[str, ...], json_key: str, max_bytes: int | None = N
             if isinstance(item, Skip):
                 skipped = skipped or item
                 continue
-            yield item[1]
-            used += len(item[1].encode("utf-8"))
+            (text,) = item.texts
+            yield text
+            used += len(text.encode("utf-8"))
             if max_bytes is not None and used >= max_bytes:
                 return
     if used == 0:

@@ -31,6 +31,7 @@ class Stream(IntEnum):
     EVAL_NOISE = 3
     SAMPLE_PRIOR = 4
     SAMPLE_STEP = 5
+    LENGTH = 6
 
 
 def philox(key: Key, counter: tuple[Word, Word, Word, Word]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ alpha is the share of signal, beta = 1 - alpha of noise, t in [0, 1] the time of
 computed from t: `1 - alpha` loses digits where alpha is near 1 (a relative 1e-5 in float32 at beta = 1e-3),
 and the loss divides by it.
 
-Shape suffixes: B batch.
+Shape suffixes: B batch, S sequence.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.counter_rng import Key, split_id, uniform
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 T_MIN = 1e-3  # smallest time of training and evaluation (the reference's sampling_eps): beta stays off 0
 
 
@@ -128,3 +129,15 @@ def stratified_t(
     low_B, high_B = split_id(sample_id_B)
     u_B = (uniform(key, (0, 0, low_B, high_B)) + index_in_batch_B) / global_batch_size
     return (1 - t_min) * u_B + t_min
+
+
+def document_t(t_B: Tensor, document_BS: Tensor, t_min: float = T_MIN) -> Tensor:
+    """A time for each document of a sequence: the first keeps t_B, document d stands d golden ratios on.
+
+    Steps of the golden ratio modulo the range spread the times of a sequence evenly (Kronecker); each by
+    itself is as uniform as t_B. t_B: float64 [B]. document_BS: integers [B, S]. Returns float64 [B, S] in
+    [t_min, 1].
+    """
+    u_BS = (t_B[:, None] - t_min) / (1 - t_min) + document_BS * GOLDEN_RATIO
+    moved_BS = (1 - t_min) * (u_BS - u_BS.floor()) + t_min
+    return torch.where(document_BS == 0, t_B[:, None], moved_BS)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import Batch, NoisedSamples
+from xdlm_megatron.data.build import build_valid_samples
+from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.data.sampler import micro_batch_slots
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
@@ -56,8 +58,8 @@ class NelboEvaluator:
         """All processes call it; all get the result. The chunks come back in the mode they were in."""
         mesh, micro_batch_size = self.mesh, self.config.train.micro_batch_size
         total = self.num_sequences * self.config.evaluation.num_noise_draws
-        # Sequences of the whole evaluation, each filled by the ranks that saw it, then summed over all.
-        nelbo = torch.zeros(total, dtype=torch.float64, device=mesh.device)
+        # (nats, tokens) of every sequence, filled by the ranks that saw it, then summed over all.
+        sums = torch.zeros(2, total, dtype=torch.float64, device=mesh.device)
         per_round = micro_batch_size * mesh.data_parallel_size
         num_microbatches = math.ceil(total / per_round)
         num_microbatches += -num_microbatches % mesh.groups.pp.size()  # what interleaving asks for
@@ -80,8 +82,9 @@ class NelboEvaluator:
             for index, output in enumerate(outputs):
                 slots = self._slots(index)
                 wanted = torch.from_numpy(slots < total)
-                nelbo[torch.from_numpy(slots)[wanted]] += output["nelbo_per_sequence"][wanted].double()
-        return self._result(mesh.reduce_sum(nelbo))
+                for row, name in enumerate(("nelbo_per_sequence", "tokens_per_sequence")):
+                    sums[row, torch.from_numpy(slots)[wanted]] += output[name][wanted].double()
+        return self._result(*mesh.reduce_sum(sums))
 
     def _slots(self, index: int) -> np.ndarray:
         train, mesh = self.config.train, self.mesh
@@ -94,13 +97,21 @@ class NelboEvaluator:
             slots = self._slots(index) % total  # the last round wraps around; what is over is not counted
             yield self.samples.build(slots, slots, total)
 
-    def _result(self, nelbo: Tensor) -> NelboResult:
-        per_token = nelbo / self.config.data.seq_length
-        mean = per_token.mean().item()
-        per_sequence = per_token.view(self.config.evaluation.num_noise_draws, -1).mean(dim=0)
+    def _result(self, nats: Tensor, tokens: Tensor) -> NelboResult:
+        mean = (nats.sum() / tokens.sum()).item()
+        # What a sequence adds to the error of a ratio of sums; of a mean, where all are full.
+        deviation = (nats - mean * tokens) / tokens.mean()
+        per_sequence = deviation.view(self.config.evaluation.num_noise_draws, -1).mean(dim=0)
         bits = mean / (self.bytes_per_token * math.log(2)) if self.bytes_per_token else None
-        num_tokens = len(per_token) * self.config.data.seq_length
-        return NelboResult(mean, standard_error(per_sequence), bits, self.num_sequences, num_tokens)
+        return NelboResult(mean, standard_error(per_sequence), bits, self.num_sequences, int(tokens.sum()))
+
+
+def build_evaluator(config: RunConfig, mesh: Mesh, objective: Objective) -> NelboEvaluator:
+    """The recipe's held-out evaluation. Raises DataError where data.valid_prefix is missing or unfit."""
+    samples = build_valid_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
+    manifest = load_manifest(str(config.data.valid_prefix))
+    bytes_per_token = manifest.scored_bytes_per_token(config.data.clean_prompts)
+    return NelboEvaluator(config, mesh, samples, objective, bytes_per_token)
 
 
 def standard_error(values_N: Tensor) -> float:

@@ -9,16 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import torch
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.config.derive import derive, run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise, build_schedule, build_valid_samples
-from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from xdlm_megatron.evaluation.generation import SampleOptions, Samples, build_denoiser, generate
-from xdlm_megatron.evaluation.nelbo import NelboEvaluator, NelboResult
+from xdlm_megatron.evaluation.nelbo import NelboResult, build_evaluator
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
 from xdlm_megatron.evaluation.trace import print_trace
@@ -31,19 +31,17 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
     """Prints the held-out NELBO of a checkpoint and writes it to `evaluations/` of the run folder."""
     path = choose_checkpoint(config, checkpoint)
     with _restored(config, path, use_ema) as (mesh, chunks, step):
-        samples = build_valid_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
-        bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
         kernels = choose_kernels(config.train.kernels, mesh.device)
-        objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops)
-        evaluator = NelboEvaluator(config, mesh, samples, objective, bytes_per_token)
+        objective = Objective(
+            build_noise(config), mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops
+        )
+        evaluator = build_evaluator(config, mesh, objective)
         if mesh.is_main:
             print(f"loss by {kernels.reason}", flush=True)
         result = evaluator(chunks)
         if mesh.is_main:
-            held_out = np.stack(
-                [samples.dataset[int(row)] for row in samples.index.rows(np.arange(evaluator.num_sequences))]
-            )
-            _report_evaluation(config, path, step, use_ema, result, unigram_entropy(held_out))
+            entropy = unigram_entropy(_held_out_ids(config))
+            _report_evaluation(config, path, step, use_ema, result, entropy)
     return result
 
 
@@ -69,6 +67,14 @@ def sample(
         if mesh.is_main:
             _report_samples(tokenizer, options, samples, f"{path} (step {step}, {_weights(use_ema)})")
     return samples
+
+
+def _held_out_ids(config: RunConfig) -> np.ndarray:
+    """The ids that the evaluation scores."""
+    samples = build_valid_samples(config, torch.device("cpu"))
+    ids = np.arange(samples.index.num_samples)
+    batch = samples.build(ids, ids, len(ids))
+    return batch.x0_BS[batch.scored_BS].numpy()
 
 
 @contextmanager

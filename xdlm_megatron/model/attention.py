@@ -1,10 +1,12 @@
 """Bidirectional attention on torch's scaled_dot_product_attention: no [S, S] scores are kept.
 
-Shapes: S sequence, B batch, N query heads of this rank, G key/value heads of this rank, D head width.
+Shapes: S positions of this context-parallel rank, T of the whole sequence, B batch,
+N query heads of this rank, G key/value heads of this rank, D head width.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -42,14 +44,13 @@ class SDPAttention(MegatronModule):
         query_SBND: torch.Tensor,
         key_SBGD: torch.Tensor,
         value_SBGD: torch.Tensor,
-        attention_mask: None = None,
+        attention_mask: torch.Tensor | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Returns [S, B, N * D], in the queries' dtype."""
-        if attention_mask is not None:
-            raise ValueError(
-                "attention_mask must be None: attention is full here; pack whole sequences instead"
-            )
+        """Returns [S, B, N * D], in the queries' dtype.
+
+        attention_mask: bool [B, 1, S, T], True where a key is hidden (Megatron's sense); None hides nothing.
+        """
         S, B, N, D = query_SBND.shape
         if self.context_group is not None:  # rotated already, so every slice may see them as they come
             gather = tensor_parallel.gather_from_sequence_parallel_region
@@ -59,24 +60,19 @@ class SDPAttention(MegatronModule):
         if query.is_cuda and query.dtype is torch.float32 and key.shape[1] != N:
             # Only the scores-keeping kernel takes grouped queries in float32 there.
             key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
-        grouped = key.shape[1] != N
+        attend = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention,
+            query,
+            key,
+            value,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            scale=self.softmax_scale,
+            enable_gqa=key.shape[1] != N,
+        )
         if self.training and self.dropout:
             # Heads are split over ranks, so each rank draws from its own stream.
             with tensor_parallel.get_cuda_rng_tracker().fork():
-                out_BNSD = _attend(query, key, value, self.softmax_scale, grouped, self.dropout)
+                out_BNSD = attend(dropout_p=self.dropout)
         else:
-            out_BNSD = _attend(query, key, value, self.softmax_scale, grouped, 0.0)
+            out_BNSD = attend()
         return out_BNSD.permute(2, 0, 1, 3).reshape(S, B, N * D)
-
-
-def _attend(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float | None,
-    grouped: bool,
-    dropout: float,
-) -> torch.Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped
-    )

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from xdlm_megatron.config.derive import padded_vocab_size
+from xdlm_megatron.config.derive import keeps_documents_apart, padded_vocab_size
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.model.dlm import DiffusionLM
 from xdlm_megatron.model.init import init_weights
@@ -64,7 +64,7 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, mesh: Mesh, 
     chunk_index = index if mesh.virtual_pipeline_size else None
     chunk = DiffusionLM(
         transformer,
-        build_block_spec(transformer, chunk_index),
+        build_block_spec(transformer, chunk_index, masked=keeps_documents_apart(config.data)),
         padded_vocab_size=padded_vocab_size(config),
         seq_length=config.data.seq_length,
         groups=mesh.groups,

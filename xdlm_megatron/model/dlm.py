@@ -1,6 +1,7 @@
 """The denoiser: Megatron-Core's embedding, transformer block and vocabulary-parallel head.
 
-Shapes: B batch, S sequence, H hidden, P vocabulary shard (padded vocabulary / tensor-parallel size).
+Shapes: B batch, S positions of this context-parallel rank, T of the whole sequence, H hidden,
+P vocabulary shard (padded vocabulary / tensor-parallel size).
 """
 
 from __future__ import annotations
@@ -98,21 +99,30 @@ class DiffusionLM(LanguageModule):
         own = self.output_layer.weight
         return self.embedding.word_embeddings.weight if own is None else own
 
-    def forward(self, zt_BS: torch.Tensor, without_head: bool = False) -> torch.Tensor:
+    def forward(
+        self, zt_BS: torch.Tensor, document_BT: torch.Tensor | None = None, without_head: bool = False
+    ) -> torch.Tensor:
         """Logits [S, B, P] on the last stage, hidden [S, B, H] elsewhere (S / tp with sequence parallel).
 
         Args:
             zt_BS: this context-parallel rank's noisy token ids, int64; only its shape is read after the first
                 stage.
+            document_BT: number of the document of each position of the whole sequence, integers; attention
+                and positions stay within one. None: the sequence is one.
             without_head: the last stage returns what the head multiplies, hidden [S, B, H] of the whole
                 sequence on every tensor-parallel rank; backward sums its gradient over them.
         """
         hidden = self.embedding(input_ids=zt_BS, position_ids=None) if self.pre_process else None
         # Of the whole sequence, then our slice of it: upstream would cut the zig-zag that causal masks need.
-        cp = self.pg_collection.cp
-        S = zt_BS.shape[1]
-        rotary = self.rotary_pos_emb(S * cp.size(), packed_seq=True)[cp.rank() * S : (cp.rank() + 1) * S]
-        hidden = self.decoder(hidden_states=hidden, attention_mask=None, rotary_pos_emb=rotary)
+        cp, S = self.pg_collection.cp, zt_BS.shape[1]
+        here = slice(cp.rank() * S, (cp.rank() + 1) * S)
+        rotary, mask = self.rotary_pos_emb(S * cp.size(), packed_seq=True), None
+        if document_BT is None:
+            rotary = rotary[here]
+        else:
+            rotary = rotary[positions_within(document_BT)[:, here].t(), 0]  # [S, B, 1, D]
+            mask = (document_BT[:, here, None] != document_BT[:, None, :])[:, None]
+        hidden = self.decoder(hidden_states=hidden, attention_mask=mask, rotary_pos_emb=rotary)
         if not self.post_process:
             return hidden
         if without_head:
@@ -122,3 +132,10 @@ class DiffusionLM(LanguageModule):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_SBP, _ = self.output_layer(hidden, weight=tied)
         return logits_SBP
+
+
+def positions_within(document_BT: torch.Tensor) -> torch.Tensor:
+    """int64 [B, T]: each position counted from the start of its document."""
+    position_T = torch.arange(document_BT.shape[1], device=document_BT.device)
+    starts_BT = document_BT.diff(dim=1, prepend=document_BT[:, :1] - 1) != 0
+    return position_T - torch.where(starts_BT, position_T, 0).cummax(dim=1).values

@@ -27,9 +27,11 @@ class NoisedBatch(Protocol):
 
     x0_BS: Tensor
     zt_BS: Tensor
-    alpha_B: Tensor
-    beta_B: Tensor
-    dalpha_B: Tensor
+    alpha_BS: Tensor
+    beta_BS: Tensor
+    dalpha_BS: Tensor
+    scored_BS: Tensor
+    document_BT: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,11 @@ class Objective:
         def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             weight_PH = unwrap(model).head_weight() if self.fuse_head else None
             nelbo_BS = self.nelbo(output, batch, weight_PH)
-            num_tokens = torch.tensor(nelbo_BS.numel(), dtype=torch.int, device=nelbo_BS.device)
-            report = {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1), "num_tokens": num_tokens}
-            return nelbo_BS.sum(), num_tokens, report
+            tokens_B = batch.scored_BS.sum(dim=1, dtype=torch.int)
+            report = {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1), "tokens_per_sequence": tokens_B}
+            return nelbo_BS.sum(), tokens_B.sum(dtype=torch.int), report
 
-        return model(batch.zt_BS, self.fuse_head), loss_function
+        return model(batch.zt_BS, batch.document_BT, self.fuse_head), loss_function
 
     def nelbo(self, output: Tensor, batch: NoisedBatch, weight_PH: Tensor | None = None) -> Tensor:
         """[B, S] nats per unit of t, of logits [S, B, P], or of hidden [S, B, H] and the head's weight.
@@ -64,7 +66,7 @@ class Objective:
         The gradient of logits takes their place in memory.
         """
         output = output.transpose(0, 1)  # a view: the loss works in Megatron's [S, B, .] order
-        tokens = (batch.zt_BS, batch.x0_BS, batch.alpha_B, batch.beta_B, batch.dalpha_B, self.noise)
+        tokens = (batch.zt_BS, batch.x0_BS, batch.alpha_BS, batch.beta_BS, batch.dalpha_BS, self.noise)
         tp = self.mesh.groups.tp
         group = tp if tp.size() > 1 else None
         if weight_PH is not None:

@@ -96,7 +96,7 @@ class Loop:
             {
                 "consumed_samples": state.consumed_samples,
                 "consumed_tokens": state.consumed_tokens,
-                "train/nelbo": nelbo_sum / num_tokens,
+                "train/nelbo": nelbo_sum / max(num_tokens, 1),  # a tiny batch may be all prompt
                 "train/grad_norm": window.grad_norm,
                 "train/lr": window.lr,
                 "train/skipped_steps": state.skipped_steps,

@@ -17,12 +17,11 @@ from xdlm_megatron.checkpoint.save_load import (
     load_plain_values,
     save_checkpoint,
 )
-from xdlm_megatron.config.derive import Derived, derive, run_folder
+from xdlm_megatron.config.derive import Derived, derive, keeps_documents_apart, run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
-from xdlm_megatron.data.build import build_train_samples, build_valid_samples
-from xdlm_megatron.data.indexed import load_manifest
-from xdlm_megatron.evaluation.nelbo import NelboEvaluator
+from xdlm_megatron.data.build import build_train_samples
+from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
 from xdlm_megatron.kernels.dispatch import Kernels, choose_kernels
 from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
 from xdlm_megatron.model.layer_spec import core_attention
@@ -108,15 +107,12 @@ class Run:
 def build_run(config: RunConfig, mesh: Mesh) -> Run:
     """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
     derived = derive(config, mesh.world_size)
-    positions = mesh.sequence_slice(config.data.seq_length)
-    samples = build_train_samples(config, mesh.device, positions)
+    samples = build_train_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
     kernels = choose_kernels(config.train.kernels, mesh.device)
     objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops)
     evaluator = None
     if config.data.valid_prefix is not None:
-        bytes_per_token = load_manifest(config.data.valid_prefix).bytes_per_token
-        held_out = build_valid_samples(config, mesh.device, positions)
-        evaluator = NelboEvaluator(config, mesh, held_out, objective, bytes_per_token)
+        evaluator = build_evaluator(config, mesh, objective)
     chunks = wrap_for_training(build_model(config, mesh), config.optimizer.use_distributed_optimizer, mesh)
     optimizer = build_optimizer(config.optimizer, config.lr_schedule, chunks, mesh)
     lr_schedule = build_lr_schedule(config.lr_schedule, config.optimizer, config.train.num_steps, optimizer)
@@ -168,18 +164,19 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
     config, derived = run.config, run.derived
     parallel = config.parallel
     start = f"resumes at step {state.step}" if state.step else "starts"
+    attention = core_attention(DTYPES[config.precision.dtype], keeps_documents_apart(config.data))
     return "\n".join(
         [
             f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
             f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype} on "
-            f"{run.mesh.device.type}, attention by {core_attention(DTYPES[config.precision.dtype]).__name__}",
+            f"{run.mesh.device.type}, attention by {attention.__name__}",
             f"  loss by {run.kernels.reason}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
             f"{derived.data_parallel_size}, "
             f"{derived.num_microbatches} micro-batches of {config.train.micro_batch_size} a step",
             f"  budget: {config.train.num_steps} steps of {derived.tokens_per_step} tokens; training set of "
-            f"{len(run.step.samples.dataset)} samples; MFU against: {peak_source}",
+            f"{run.step.samples.dataset.summary}; MFU against: {peak_source}",
         ]
     )
 

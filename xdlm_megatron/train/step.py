@@ -100,7 +100,7 @@ class TrainStep:
         if self.mesh.is_loss_rank:
             for output in outputs:
                 total[0] += output["nelbo_per_sequence"].double().sum()
-                total[1] += output["num_tokens"]
+                total[1] += output["tokens_per_sequence"].sum()
         return total
 
     def _seed_dropout(self, step: int) -> None:

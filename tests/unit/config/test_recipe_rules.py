@@ -46,6 +46,18 @@ CONTRADICTIONS = [
         id="groups of heads",
     ),
     pytest.param(
+        {"diffusion.time_per": "document", "data.packing": "padded"},
+        ["diffusion.time_per=document", "data.packing=padded"],
+        {"diffusion.time_per": "document", "data.packing": "documents"},
+        id="times of documents",
+    ),
+    pytest.param(
+        {"data.packing": "documents", "model.mcore": {"apply_rope_fusion": True}},
+        ["model.mcore.apply_rope_fusion=true", "data.packing=documents"],
+        {"data.packing": "stream", "model.mcore": {"apply_rope_fusion": True}},
+        id="fused rotary positions",
+    ),
+    pytest.param(
         {"diffusion.uniform_ratio": 1e-13},
         ["diffusion.uniform_ratio=1e-13", "at least 1e-12"],
         {"diffusion.uniform_ratio": 0},

@@ -68,7 +68,7 @@ def test_the_recipe_reaches_noise_schedule_and_times(tiny_recipe: dict) -> None:
     assert build_schedule(config.diffusion) == Cosine(alpha_min=0.02)
     for samples in (build_train_samples(config, CPU), build_valid_samples(config, CPU)):
         assert (samples.noise, samples.schedule, samples.seed) == (noise, Cosine(alpha_min=0.02), 9)
-        t_B = samples.build(np.arange(50), np.arange(50), 50).t_B
+        t_B = samples.build(np.arange(50), np.arange(50), 50).t_BS[:, 0]
         assert 0.4 < t_B.min() < 0.42
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from xdlm_megatron.data.documents import Skip, find_inputs, parse, read_blocks
+from xdlm_megatron.data.documents import Document, Skip, find_inputs, parse, read_blocks
 from xdlm_megatron.data.errors import DataError
 
 
-def read(*paths: Path, block_bytes: int = 1 << 20, key: str = "text") -> list[tuple[str, str] | Skip]:
+def read(*paths: Path, block_bytes: int = 1 << 20, key: str = "text") -> list[Document | Skip]:
     return [item for block in read_blocks(paths, block_bytes) for item in parse(block, key)]
 
 
@@ -23,8 +23,8 @@ def test_packed_or_not_the_documents_are_the_same(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl"):
         path = tmp_path / name
         items = read(path, block_bytes=300)
-        assert [text for _, text in items] == documents
-        assert [where for where, _ in items] == [f"{path}:{n}" for n in range(1, 101)]
+        assert [item.texts for item in items] == [(text,) for text in documents]
+        assert [item.where for item in items] == [f"{path}:{n}" for n in range(1, 101)]
         blocks = list(read_blocks([path], 300))
         assert len(blocks) > 10
         assert sum(block.disk_bytes for block in blocks) == path.stat().st_size
@@ -54,8 +54,8 @@ def test_bad_lines_are_skipped_with_line_and_reason(tmp_path: Path) -> None:
         items = read(path, block_bytes=block_bytes)
         assert [item for item in items if isinstance(item, Skip)] == expected
         assert [item for item in items if not isinstance(item, Skip)] == [
-            (f"{path}:1", "good"),
-            (f"{path}:14", "\U0001f600"),
+            Document(f"{path}:1", ("good",)),
+            Document(f"{path}:14", ("\U0001f600",)),
         ]
 
 
@@ -65,7 +65,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_bytes(b"")
     (tmp_path / "d.txt").write_bytes(b"\xff")
     items = read(*(tmp_path / name for name in ("a.txt", "b.txt.gz", "c.txt", "d.txt")), block_bytes=1)
-    assert [item[1] for item in items if not isinstance(item, Skip)] == ["one\n\ntwo\r\n", "three"]
+    assert [item.texts for item in items if not isinstance(item, Skip)] == [("one\n\ntwo\r\n",), ("three",)]
     assert [item.reason for item in items if isinstance(item, Skip)] == ["empty text", "not UTF-8"]
 
 

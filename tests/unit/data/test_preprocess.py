@@ -164,3 +164,35 @@ def test_tokenizer_without_an_end_of_document(options: PreprocessOptions, hf_wor
     prefix = made(options, tokenizer=str(hf_words_path), append_eod=False)
     assert load_manifest(prefix).eod_id is None
     assert np.concatenate(documents(prefix)).max() < 8
+
+
+def test_prompts_are_sequences_of_their_own(
+    options: PreprocessOptions, texts: list[str], tmp_path: Path
+) -> None:
+    """A document is its prompt, perhaps empty, and the rest with its end; equal answers may be split."""
+    pairs = [(text[: n % 5 * 10], text[n % 5 * 10 : 200]) for n, text in enumerate(texts)]
+    source = tmp_path / "pairs.jsonl"
+    lines = [json.dumps({"question": prompt, "text": text}) for prompt, text in pairs]
+    source.write_text("\n".join([*lines, '{"text": "no prompt"}', '{"question": 3, "text": "x"}']))
+    (tmp_path / "plain.txt").write_text("no prompt either")
+    inputs = (str(source), str(tmp_path / "plain.txt"))
+    report = preprocess(dataclasses.replace(options, inputs=inputs, prompt_key="question"))
+    tokenizer = load_tokenizer(options.tokenizer)
+    dataset = open_indexed(options.output)
+    assert dataset.document_indices.tolist() == list(range(0, 2 * len(pairs) + 1, 2))
+    for n, (prompt, text) in enumerate(pairs):
+        assert dataset[2 * n].tolist() == tokenizer.encode(prompt)
+        assert dataset[2 * n + 1].tolist() == [*tokenizer.encode(text), tokenizer.eod_id]
+    manifest = load_manifest(options.output)
+    assert manifest.documents == len(pairs)
+    assert manifest.prompt_tokens == sum(len(tokenizer.encode(prompt)) for prompt, _ in pairs)
+    assert manifest.prompt_bytes == sum(len(prompt.encode()) for prompt, _ in pairs)
+    rest_bytes = sum(len(text.encode()) for _, text in pairs)
+    rest_tokens = sum(len(tokenizer.encode(text)) + 1 for _, text in pairs)
+    assert manifest.scored_bytes_per_token(True) == pytest.approx(rest_bytes / rest_tokens)
+    assert manifest.scored_bytes_per_token(False) == manifest.bytes_per_token
+    assert report.skipped == {
+        "no key 'question'": 1,
+        "'question' is not a string": 1,
+        "plain text, which has no 'question'": 1,
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
@@ -18,8 +19,9 @@ PIECES = {0: "a", 1: " be", 2: "\n", 3: " seen", 4: "日本", 9: "░"}
 
 
 def batch_of(x0: list[int], zt: list[int]) -> Batch:
-    one = torch.tensor([0.25], dtype=torch.float64)
-    return Batch(torch.tensor([x0]), torch.tensor([zt]), one, 1 - one, one, one)
+    one = torch.full((1, len(x0)), 0.25, dtype=torch.float64)
+    scored_BS = torch.ones(1, len(x0), dtype=torch.bool)
+    return Batch(torch.tensor([x0]), torch.tensor([zt]), one, 1 - one, one, one, scored_BS)
 
 
 def render(x0: list[int], zt: list[int], width: int = 60, colour: bool = False) -> list[str]:
@@ -41,6 +43,26 @@ def test_colours_instead_of_signs() -> None:
     lines = render([0, 1, 3], [0, 9, 1], colour=True)
     assert lines[-1] == "zt a\x1b[2m░░░\x1b[0m\x1b[33m be  \x1b[0m"
     assert re.sub("\x1b\\[[0-9;]*m", "", lines[-2]) == "x0 a be seen"
+
+
+def test_documents_prompts_and_padding() -> None:
+    """Two documents with their times, the first with a prompt; two positions of padding."""
+    batch = dataclasses.replace(
+        batch_of([1, 0, 3, 0, 1, 0, 0], [1, 9, 3, 3, 9, 0, 0]),
+        t_BS=torch.tensor([[0.25] * 3 + [0.5] * 4], dtype=torch.float64),
+        scored_BS=torch.tensor([[False, True, True, True, True, False, False]]),
+        document_BT=torch.tensor([[0, 0, 0, 1, 1, -1, -1]], dtype=torch.int32),
+    )
+    strings = lambda ids: [PIECES[i] for i in ids]  # noqa: E731
+    assert render_batch([7], batch, strings, 9, 60, colour=False).splitlines() == [
+        "kept  ░ masked  ~token replaced  =token prompt, no loss",
+        "",
+        "sample 7  t by document: 0.2500 0.5000  noised 75.0%: "
+        "kept 1, masked 2, replaced 1, prompt 1, padding 2",
+        "x0  be a seen┃a      be",
+        "zt = be░ seen┃~ seen░░░",
+    ]
+    assert "\x1b[36m be\x1b[0m" in render_batch([7], batch, strings, 9, 60, colour=True)
 
 
 @pytest.mark.parametrize("width", [12, 20, 37])
@@ -65,7 +87,7 @@ def test_training_reads_these_bits(tiny_recipe: dict) -> None:
         assert ids == list(range((step - 1) * batch_size, (step - 1) * batch_size + count))
         assert torch.equal(batch.x0_BS, expected.x0_BS[:count])
         assert torch.equal(batch.zt_BS, expected.zt_BS[:count])
-        assert torch.equal(batch.t_B, expected.t_B[:count])
+        assert torch.equal(batch.t_BS, expected.t_BS[:count])
 
 
 def test_evaluation_reads_these_bits(tiny_recipe: dict) -> None:

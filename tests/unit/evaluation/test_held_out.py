@@ -35,10 +35,12 @@ class Case:
         num_noise_draws: int = 1,
         num_sequences: int = 13,
         bytes_per_token: float | None = BYTES_PER_TOKEN,
+        data: dict[str, object] | None = None,
     ) -> None:
         self.config = small_config(
             recipe,
             model=MODEL,
+            data=data or {},
             train={"micro_batch_size": micro_batch_size, "global_batch_size": 2 * micro_batch_size},
             evaluation={"num_sequences": num_sequences, "num_noise_draws": num_noise_draws},
         )
@@ -66,7 +68,7 @@ def test_equals_a_plain_loop(num_noise_draws: int, tiny_recipe: dict, mesh: Mesh
         assert batch.x0_BS[0].tolist() == case.samples.dataset[int(row)].tolist()
         with torch.no_grad():
             logits_BSV = model(batch.zt_BS).transpose(0, 1).double()
-        rates = (batch.alpha_B, batch.beta_B, batch.dalpha_B)
+        rates = (batch.alpha_BS, batch.beta_BS, batch.dalpha_BS)
         density = nelbo_density(logits_BSV, batch.zt_BS, batch.x0_BS, *rates, case.samples.noise)
         values[index // 13, index % 13] = density.mean()
     assert values.std() > 0.5
@@ -78,6 +80,32 @@ def test_equals_a_plain_loop(num_noise_draws: int, tiny_recipe: dict, mesh: Mesh
     assert result.perplexity == math.exp(result.nelbo_per_token)
     # A token has 2.5 bytes, a nat 1 / log 2 bits.
     assert result.bits_per_byte == pytest.approx(result.nelbo_per_token * math.log2(math.e) / 2.5, rel=1e-12)
+
+
+def test_short_documents_count_by_their_tokens(tiny_recipe: dict, mesh: Mesh) -> None:
+    """A ratio of sums, and the error of one (by hand, from its residuals); padding counts nowhere."""
+    case = Case(tiny_recipe, mesh, 4, data={"packing": "padded", "seq_length": 800})
+    result, n = case(), case.evaluator.num_sequences
+    (model,) = case.chunks
+    model.eval()
+    nats, tokens = [], []
+    for index in range(n):
+        batch = case.samples.build(np.array([index]), np.array([index]), n)
+        length = int((batch.document_BT == 0).sum())
+        fields = (x[:, :length] for x in (batch.zt_BS, batch.x0_BS))
+        rates = (x[:, :length] for x in (batch.alpha_BS, batch.beta_BS, batch.dalpha_BS))
+        with torch.no_grad():
+            logits_BSV = model(batch.zt_BS[:, :length]).transpose(0, 1).double()
+        nats.append(nelbo_density(logits_BSV, *fields, *rates, case.samples.noise).sum().item())
+        tokens.append(length)
+    assert n > 4
+    assert min(tokens) < 700 < max(tokens)
+    mean = sum(nats) / sum(tokens)
+    assert result.nelbo_per_token == pytest.approx(mean, rel=1e-5)
+    residuals = [(s - mean * t) / (sum(tokens) / n) for s, t in zip(nats, tokens, strict=True)]
+    squares = [(a - b) ** 2 for a, b in pairwise(residuals)]
+    assert result.standard_error == pytest.approx(math.sqrt(sum(squares) / (n - 1) / 2 / n), rel=1e-3)
+    assert result.num_tokens == sum(tokens)
 
 
 def test_does_not_depend_on_the_micro_batch_size(tiny_recipe: dict, mesh: Mesh) -> None:

@@ -62,9 +62,20 @@ def test_a_later_token_changes_every_earlier_output() -> None:
     assert (attention()(query, key, value) != before).all()
 
 
-def test_a_mask_is_refused() -> None:
-    with pytest.raises(ValueError, match="attention_mask must be None"):
-        attention()(*random_qkv(2), attention_mask=torch.ones(S, S, dtype=torch.bool))
+def test_a_mask_hides_keys_as_if_they_were_not_there() -> None:
+    """Positions 0-2 and 3-6 each for themselves; the second sequence sees all but its last position."""
+    qkv = random_qkv(2)
+    hidden = torch.zeros(B, 1, S, S, dtype=torch.bool)
+    hidden[0, 0, :3, 3:] = hidden[0, 0, 3:, :3] = True
+    hidden[1, 0, :, -1] = True
+    out = attention()(*qkv, attention_mask=hidden)
+    for part in (slice(0, 3), slice(3, S)):
+        alone = attention()(*(x[part] for x in qkv))
+        torch.testing.assert_close(out[part, 0], alone[:, 0], rtol=1e-12, atol=1e-12)
+    query, key, value = qkv
+    shorter = attention()(query, key[:-1], value[:-1])
+    torch.testing.assert_close(out[:, 1], shorter[:, 1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(out[:, 2], attention()(*qkv)[:, 2], rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_draws_from_the_model_parallel_stream_alone(mesh: Mesh) -> None:
@@ -105,9 +116,14 @@ class Shapes(TorchDispatchMode):
         return out
 
 
-def test_no_scores_are_kept_or_made(mesh: Mesh) -> None:
-    """Nothing in a step has S x S elements a head: neither saved for backward nor returned by an operator."""
+@pytest.mark.parametrize("documents", [False, True])
+def test_no_scores_are_kept_or_made(documents: bool, mesh: Mesh) -> None:
+    """Nothing in a step has S x S elements a head: neither saved for backward nor returned by an operator.
+
+    With documents there is one mask for all heads and layers.
+    """
     length = 100
+    document_BT = (torch.arange(length).view(1, length) // 30).int() if documents else None
     config = small_config(data={"seq_length": length})
     (model,) = build_model(config, mesh)
     saved: list[torch.Size] = []
@@ -118,13 +134,15 @@ def test_no_scores_are_kept_or_made(mesh: Mesh) -> None:
 
     tokens = torch.arange(length).view(1, length) % 44
     with Shapes() as operators, torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        model(tokens).square().sum().backward()
+        model(tokens, document_BT).square().sum().backward()
     assert len(saved) > 20
     assert len(operators.seen) > 100
-    largest = max(shape.numel() for shape in saved + operators.seen)
+    one_mask = {(1, length, length), (1, 1, length, length)} if documents else set()
+    shapes = [shape for shape in saved + operators.seen if tuple(shape) not in one_mask]
+    largest = max(shape.numel() for shape in shapes)
     assert largest == length * 2 * config.model.ffn_hidden_size, "the SwiGLU input is the largest tensor"
     assert largest < 4 * length * length
-    for shape in saved + operators.seen:
+    for shape in shapes:
         assert shape[-2:] != (length, length), shape
 
 

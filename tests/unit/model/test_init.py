@@ -82,7 +82,7 @@ def test_zero_head_is_the_uniform_predictor(mesh: Mesh) -> None:
         logits_SBP = model(zt_BS)
     assert (logits_SBP == 0).all()
     assert not torch.equal(zt_BS, x0_BS)
-    batch = type("Batch", (), dict(zip(("alpha_B", "beta_B", "dalpha_B"), rates, strict=True)))
+    batch = type("Batch", (), dict(zip(("alpha_BS", "beta_BS", "dalpha_BS"), rates, strict=True)))
     batch.x0_BS, batch.zt_BS = x0_BS, zt_BS
     expected = nelbo_density(torch.zeros(2, 12, 45, dtype=torch.float64), zt_BS, x0_BS, *rates, noise)
     got = Objective(noise, mesh).nelbo(logits_SBP, batch)

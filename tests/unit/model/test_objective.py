@@ -18,12 +18,13 @@ from xdlm_megatron.parallel.mesh import Mesh
 def noisy_batch(noise: StationaryNoise) -> Batch:
     generator = torch.Generator().manual_seed(0)
     x0_BS = torch.randint(44, (3, 12), generator=generator)
-    t_B = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    t_BS = torch.tensor([[0.1], [0.5], [0.9]], dtype=torch.float64).expand(3, 12)
     schedule = LogLinear()
     position = torch.arange(12)
-    alpha_B = schedule.alpha(t_B)
-    zt_BS = noise.corrupt(x0_BS, alpha_B, (1, 1), (torch.arange(3)[:, None], position))
-    return Batch(x0_BS, zt_BS, t_B, alpha_B, schedule.beta(t_B), schedule.dalpha(t_B))
+    alpha_BS = schedule.alpha(t_BS)
+    zt_BS = noise.corrupt(x0_BS, alpha_BS, (1, 1), (torch.arange(3)[:, None], position))
+    rates = (alpha_BS, schedule.beta(t_BS), schedule.dalpha(t_BS))
+    return Batch(x0_BS, zt_BS, t_BS, *rates, scored_BS=torch.ones(3, 12, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,9 +40,9 @@ def test_forward_step_equals_autograd_of_the_dense_loss(uniform_ratio: float, dt
         model(batch.zt_BS).transpose(0, 1),
         batch.zt_BS,
         batch.x0_BS,
-        batch.alpha_B,
-        batch.beta_B,
-        batch.dalpha_B,
+        batch.alpha_BS,
+        batch.beta_BS,
+        batch.dalpha_BS,
         noise,
     )
     expected = torch.autograd.grad(dense.sum(), parameters)
