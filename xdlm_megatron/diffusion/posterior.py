@@ -10,7 +10,7 @@ Shape suffixes: B batch, S sequence, V vocabulary.
 import torch
 from torch import Tensor
 
-from xdlm_megatron.diffusion.nelbo import gather, per_token
+from xdlm_megatron.diffusion.nelbo import gather, log_probabilities, per_token
 from xdlm_megatron.diffusion.noise import StationaryNoise
 
 
@@ -63,3 +63,19 @@ def jump_bound(alpha_s: Tensor, alpha_t: Tensor) -> Tensor:
     1.
     """
     return ((alpha_s - alpha_t) / (alpha_s * (1 - alpha_t))).clamp_max(1.0)
+
+
+def token_law(
+    logits_NV: Tensor, noise: StationaryNoise, temperature: float = 1.0, top_p: float = 1.0
+) -> Tensor:
+    """p over the clean token, float64 [N, V]: mask and padding at 0, tempered, cut to the nucleus, summing
+    to 1. The nucleus is the most probable token and those whose cumulative probability stays within top_p.
+    """
+    p_NV = log_probabilities(logits_NV.to(torch.float64) / temperature, noise).exp()
+    if top_p >= 1:
+        return p_NV
+    sorted_NV, order_NV = p_NV.sort(stable=True, dim=-1, descending=True)
+    kept_NV = sorted_NV.cumsum(-1) <= top_p
+    kept_NV[:, 0] = True
+    p_NV = torch.zeros_like(p_NV).scatter(-1, order_NV, torch.where(kept_NV, sorted_NV, 0.0))
+    return p_NV / p_NV.sum(-1, keepdim=True)

@@ -1,4 +1,10 @@
-"""Sampling from a model that lives on several processes: the reverse loop runs on all of them in step."""
+"""Sampling from a model that lives on several processes: the reverse loop runs on all of them in step.
+
+Every process holds all ids and draws the same random numbers. Hidden states and logits stay where they are
+made; what travels is a few bytes a drawn position, and ids.
+
+Shape suffixes: B batch, S sequence, H hidden, P vocabulary shard, M chosen positions, C of them at a time.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.diffusion.head_nelbo import CHUNK_ELEMENTS
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.sampler import sample
+from xdlm_megatron.diffusion.sampler import Denoise, Pick, sample
 from xdlm_megatron.diffusion.schedule import Schedule
+from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.parallel.schedule import run_schedule
 
@@ -50,7 +58,7 @@ class _Input:
 
 
 def generate(
-    denoise: Callable[[Tensor], Tensor],
+    denoise: Denoise,
     options: SampleOptions,
     noise: StationaryNoise,
     schedule: Schedule,
@@ -105,20 +113,17 @@ def generate(
     return Samples(torch.cat(batches), snapshots, len(snapshots) - 1)
 
 
-def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[Tensor], Tensor]:
-    """z_t [B, S] -> logits [B, S, V], the same on every process.
-
-    Logits are gathered over the tensor- and context-parallel groups and broadcast from the last pipeline
-    stage, so each process draws the same tokens from the same counters without further messages.
-    """
+def build_denoiser(chunks: list[Any], mesh: Mesh) -> Callable[[Tensor], HeadPrediction]:
+    """z_t [B, S] -> what the network makes of it, called on every process at once."""
     for chunk in chunks:
         chunk.eval()
 
     def forward_step(batches: Iterator[_Input], model: Any) -> tuple[Tensor, Any]:
-        return model(next(batches).zt_BS), lambda logits_SBP, non_loss_data: logits_SBP
+        hidden = model(next(batches).zt_BS, True)
+        return hidden, lambda hidden_SBH, non_loss_data: (hidden_SBH, unwrap(model).head_weight())
 
     @torch.no_grad()
-    def denoise(zt_BS: Tensor) -> Tensor:
+    def denoise(zt_BS: Tensor) -> HeadPrediction:
         own_BS = zt_BS[:, mesh.sequence_slice(zt_BS.shape[1])]
         outputs = run_schedule(
             forward_step,
@@ -130,29 +135,45 @@ def build_denoiser(chunks: list[Any], mesh: Mesh, vocab_size: int) -> Callable[[
             forward_only=True,
             collect_outputs=True,
         )
-        return _share_logits(outputs[0] if outputs else None, zt_BS, mesh, vocab_size)
+        return HeadPrediction(mesh, *(outputs[0] if outputs else (None, None)))
 
     # Interleaved pipelines take micro-batches in multiples of their stages; the repeats are not looked at.
     num_microbatches = mesh.groups.pp.size() if mesh.virtual_pipeline_size else 1
     return denoise
 
 
-def _share_logits(logits_SBP: Tensor | None, zt_BS: Tensor, mesh: Mesh, vocab_size: int) -> Tensor:
-    groups = mesh.groups
-    if logits_SBP is not None:
-        logits_SBV = _gather(logits_SBP, groups.tp, dim=-1)[..., :vocab_size].float()
-        logits_BSV = _gather(logits_SBV, groups.cp, dim=0).transpose(0, 1).contiguous()
-    else:
-        logits_BSV = torch.empty(*zt_BS.shape, vocab_size, device=zt_BS.device)
-    if groups.pp.size() > 1:
-        dist.broadcast(logits_BSV, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
-    return logits_BSV
+@dataclass(frozen=True)
+class HeadPrediction:
+    """A network's output before its head: hidden [S, B, H] of this process's positions and its rows [P, H] of
+    the head, on the last pipeline stage; None elsewhere. Logits are made of the rows that are asked for.
+    """
 
+    mesh: Mesh
+    hidden_SBH: Tensor | None
+    weight_PH: Tensor | None
 
-def _gather(shard: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-    if group.size() == 1:
-        return shard
-    shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard, group=group)
-    return torch.cat(shards, dim=dim)
+    @torch.no_grad()
+    def replace(self, ids_BS: Tensor, chosen_BS: Tensor, pick: Pick) -> Tensor:
+        """As sampler.Prediction's. Context-parallel ranks pick at their own positions and exchange the ids;
+        the other pipeline stages receive them.
+        """
+        groups = self.mesh.groups
+        ids_BS = ids_BS.clone()
+        if self.hidden_SBH is not None and self.weight_PH is not None:
+            own = self.mesh.sequence_slice(ids_BS.shape[1])
+            row_M, column_M = chosen_BS[:, own].nonzero(as_tuple=True)
+            hidden_MH = self.hidden_SBH[column_M, row_M]
+            group = groups.tp if groups.tp.size() > 1 else None
+            at_M = row_M * ids_BS.shape[1] + column_M + own.start
+            tokens = max(1, CHUNK_ELEMENTS.get(hidden_MH.device.type, 1 << 27) // len(self.weight_PH))
+            for at_C, hidden_CH in zip(at_M.split(tokens), hidden_MH.split(tokens), strict=True):
+                index_C = torch.arange(len(at_C), device=at_C.device)
+                ids_BS.view(-1)[at_C] = pick(at_C, hidden_CH @ self.weight_PH.t(), index_C, group)
+            if groups.cp.size() > 1:
+                share_BS = ids_BS[:, own].contiguous()
+                shares = [torch.empty_like(share_BS) for _ in range(groups.cp.size())]
+                dist.all_gather(shares, share_BS, group=groups.cp)
+                ids_BS = torch.cat(shares, dim=1)
+        if groups.pp.size() > 1:
+            dist.broadcast(ids_BS, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
+        return ids_BS

@@ -55,7 +55,7 @@ def sample(
     prompt_ids = tokenizer.encode(options.prompt) if options.prompt else []
     with _restored(config, path, use_ema) as (mesh, chunks, step):
         samples = generate(
-            build_denoiser(chunks, mesh, config.data.vocab_size),
+            build_denoiser(chunks, mesh),
             options,
             noise,
             schedule,

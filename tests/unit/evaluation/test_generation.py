@@ -13,6 +13,7 @@ from torch import Tensor
 from tests.unit.model.small import small_config
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.evaluation import generation
 from xdlm_megatron.evaluation.generation import SampleOptions, Samples, build_denoiser, generate
 from xdlm_megatron.model.build import build_model
 from xdlm_megatron.parallel.mesh import Mesh
@@ -106,18 +107,53 @@ def test_defaults_are_free_of_surprises() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_denoiser_gives_the_models_logits(dtype: str, mesh: Mesh) -> None:
-    """Without dropout and padding, [B, S, V], float32."""
+def test_only_chosen_rows_meet_the_head(dtype: str, mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their logits are the model's, without dropout; they come in chunks and the ids go to their places."""
     config = small_config(model={"zero_init_head": False, "hidden_dropout": 0.5}, precision={"dtype": dtype})
     chunks = build_model(config, mesh)
-    denoise = build_denoiser(chunks, mesh, config.data.vocab_size)
+    monkeypatch.setitem(generation.CHUNK_ELEMENTS, "cpu", 5 * 48)
     zt_BS = torch.arange(36).view(3, 12)
-    logits_BSV = denoise(zt_BS)
+    prediction = build_denoiser(chunks, mesh)(zt_BS)
     assert not chunks[0].training
     with torch.no_grad():
-        expected = chunks[0](zt_BS).transpose(0, 1)
-    assert expected.shape == (3, 12, 48)
-    assert logits_BSV.shape == (3, 12, 45)
-    assert logits_BSV.dtype is torch.float32
-    assert torch.equal(logits_BSV, expected[..., :45].float())
-    assert not logits_BSV.requires_grad
+        expected = chunks[0](zt_BS).transpose(0, 1).reshape(36, 48)
+    asked = []
+
+    def pick(at_M: Tensor, logits_NP: Tensor, index_M: Tensor, group: object) -> Tensor:
+        assert group is None
+        assert len(logits_NP) <= 5
+        torch.testing.assert_close(logits_NP[index_M], expected[at_M], rtol=1e-5, atol=1e-6)
+        asked.append(at_M)
+        return at_M + 1000
+
+    chosen_BS = zt_BS % 3 == 1
+    ids_BS = prediction.replace(zt_BS, chosen_BS, pick)
+    assert torch.cat(asked).tolist() == list(range(1, 36, 3))
+    assert torch.equal(ids_BS, torch.where(chosen_BS, zt_BS + 1000, zt_BS))
+    assert torch.equal(zt_BS, torch.arange(36).view(3, 12))
+
+
+def test_hidden_states_give_the_ids_of_logits(mesh: Mesh) -> None:
+    """The whole loop with the model's head left out, against the same model as a plain function."""
+    config = small_config(model={"zero_init_head": False})
+    chunks = build_model(config, mesh)
+
+    def logits(zt_BS: Tensor) -> Tensor:
+        with torch.no_grad():
+            return chunks[0](zt_BS).transpose(0, 1)
+
+    for options in ({}, {"final": "greedy"}, {"top_p": 0.8, "temperature": 0.7}):
+        both = [
+            generate(
+                denoise,
+                SampleOptions(num_steps=6, num_samples=2, **options),
+                StationaryNoise(0.3, config.data.vocab_size, config.data.mask_id),
+                LogLinear(),
+                12,
+                [3],
+                torch.device("cpu"),
+            )
+            for denoise in (build_denoiser(chunks, mesh), logits)
+        ]
+        assert torch.equal(both[0].ids, both[1].ids)
+        assert both[0].num_function_evaluations == both[1].num_function_evaluations == 7
