@@ -1,0 +1,121 @@
+"""What the law's tests cannot see: the numbers in the tail, the rows that are read, what happens to NaN."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from xdlm_megatron.diffusion import posterior_draw, shard_rows
+from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.posterior import jump_bound
+from xdlm_megatron.diffusion.posterior_draw import (
+    Counters,
+    ReverseStep,
+    draw_shard,
+    exponential,
+    tile_exponentials,
+)
+from xdlm_megatron.diffusion.sampler import Logits
+
+KEY = (3, Stream.SAMPLE_STEP)
+V, MASK = 45, 44
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def counters(count):
+    return Counters(KEY, 0, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+def test_small_exponentials_have_64_bits_and_none_is_zero_or_infinite():
+    words = torch.tensor([0, 0, 1, 2**31, 2**32 - 1])
+    low = torch.tensor([0, 1, 2**31, 0, 2**32 - 1])
+    got = exponential(words, low)
+    u = (words.double() * 2**32 + low.double() + 0.5) / 2.0**64
+    torch.testing.assert_close(got[:3], u[:3] + u[:3] ** 2 / 2, rtol=1e-14, atol=0)
+    assert got[0] < got[1] / 2
+    torch.testing.assert_close(got[3], f64(2.0).log(), rtol=1e-9, atol=0)
+    assert got[4] == pytest.approx(53 * 0.6931471805599453)
+
+
+def test_tiles_get_their_numbers_by_their_place_and_rare_ones_get_more_bits(monkeypatch):
+    whole = tile_exponentials(counters(50), 0, 400)
+    for first, tiles in ((0, 7), (5, 3), (100, 300), (399, 1)):
+        assert torch.equal(tile_exponentials(counters(50), first, tiles), whole[:, first : first + tiles])
+    assert len(whole.unique()) == whole.numel()
+    monkeypatch.setattr(posterior_draw, "REFINE_BELOW", 1 << 29)
+    finer = tile_exponentials(counters(50), 0, 400)
+    changed = finer != whole
+    assert torch.equal(changed, whole < -torch.log1p(f64(-0.125)))
+    # no more than the unit of the 32 bits
+    assert ((finer - whole).abs() <= 0.51 / (1 - 0.125) * 2.0**-32).all()
+    assert torch.equal(tile_exponentials(counters(50), 31, 60), finer[:, 31:91])
+
+
+def test_exponentials_have_mean_and_variance_one():
+    x = tile_exponentials(counters(500), 0, 4000)
+    assert x.mean().item() == pytest.approx(1, abs=4e-3)
+    assert x.var().item() == pytest.approx(1, abs=1e-2)
+    assert x.min() < 3e-6
+
+
+def test_a_row_is_drawn_alike_in_every_chunk_and_place(monkeypatch):
+    logits = torch.randn(30, 60, generator=torch.Generator().manual_seed(0))
+    noise, index = StationaryNoise(0.2, V, MASK), torch.arange(30)
+    whole = draw_shard(logits, index, index, counters(30), 0, noise)
+    monkeypatch.setitem(shard_rows.SCRATCH_ELEMENTS, "cpu", 200)
+    assert torch.equal(draw_shard(logits, index, index, counters(30), 0, noise), whole)
+    some = torch.tensor([7, 3, 21])
+    assert torch.equal(draw_shard(logits, some, some, counters(30)[some], 0, noise), whole[:, some])
+    before = logits.clone()
+    draw_shard(logits, index, index, counters(30), 0, noise)
+    assert torch.equal(logits, before)
+
+
+def test_a_shard_without_tokens_never_wins():
+    noise = StationaryNoise(0.2, V, MASK)
+    key, _, signal = draw_shard(torch.randn(3, 8), torch.arange(3), torch.arange(3), counters(3), 48, noise)
+    assert key.tolist() == signal.tolist() == [-torch.inf] * 3
+
+
+@pytest.mark.parametrize("k", [0.0, 0.3, 1.0])
+def test_only_undecided_rows_are_read_and_they_are_few(k):
+    """The others hold NaN. At most jump_bound of the positions are read, of masks the share of tokens."""
+    noise = StationaryNoise(k, V, MASK)
+    alpha_s, alpha_t = f64(0.6), f64(0.5)
+    B, S = 50, 100
+    zt = noise.sample_prior((3, Stream.SAMPLE_PRIOR), (torch.arange(B)[:, None], torch.arange(S)))
+    zt[:, :50] = torch.arange(50) % 20
+    step = ReverseStep(KEY, 1, torch.arange(B), noise, alpha_s, alpha_t)
+    free = torch.ones_like(zt, dtype=torch.bool)
+    free[:, 5] = False
+    settled, undecided = step.settle(zt, free)
+    logits = torch.full((B, S, 60), torch.nan)
+    logits[undecided] = torch.randn(int(undecided.sum()), 60)
+    zs = Logits(logits).replace(settled, undecided, partial(step.pick, zt))
+    assert ((zs >= 0) & (zs < V)).all()
+    assert torch.equal(zs[:, 5], zt[:, 5])
+    masked, others = zt == MASK, torch.arange(S) != 5
+    bound = jump_bound(alpha_s, alpha_t).item()
+    assert undecided[:, others].double().mean() < 1.05 * bound
+    if k < 1:
+        # a visible position is read for p_z; a mask only where its component is a token
+        assert undecided[masked & free].double().mean() == pytest.approx(bound * 0.6, rel=0.15)
+        assert (settled != zt).any() == (k > 0)
+    if k == 0:
+        assert not undecided[~masked].any()
+    else:
+        assert undecided[~masked & free].double().mean() == pytest.approx(bound, rel=0.1)
+
+
+def test_nan_is_an_error_not_a_text():
+    noise = StationaryNoise(0.0, V, MASK)
+    zt = torch.full((2, 3), MASK)
+    step = ReverseStep(KEY, 6, torch.arange(2), noise, f64(1.0), f64(0.5))
+    logits = torch.zeros(2, 3, V)
+    logits[1, 2, 4] = torch.nan
+    with pytest.raises(ValueError, match=r"NaN at 1 of 6 positions in step 7; these weights cannot be"):
+        Logits(logits).replace(zt, torch.ones_like(zt, dtype=torch.bool), partial(step.pick, zt))
