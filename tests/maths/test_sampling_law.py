@@ -12,6 +12,7 @@ from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior import posterior, token_law
 from xdlm_megatron.diffusion.posterior_draw import Counters, ReverseStep, draw_shard
+from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.sampler import Logits, sample
 from xdlm_megatron.diffusion.schedule import LogLinear
 
@@ -89,7 +90,7 @@ def test_tokens_of_a_large_vocabulary_follow_the_float64_law(size, columns, dtyp
     logits = logits.to(dtype)
     index = torch.zeros(draws, dtype=torch.int64)
     counters = Counters(KEY, 0, torch.arange(draws), index)
-    _, ids, signal = draw_shard(logits[None], index, index + 7, counters, 0, noise)
+    _, ids, signal = draw_shard(logits[None], index, index + 7, counters, Shard(noise))
     p = law_of(logits, noise)
     order = p.argsort(descending=True)
     classes = torch.empty_like(order)

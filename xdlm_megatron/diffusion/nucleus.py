@@ -15,8 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, gather_ranks, shard_rows
+from xdlm_megatron.diffusion.row_ops import Shard
+from xdlm_megatron.diffusion.shard_rows import LOG2_E, shard_rows
+from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 DIGITS = 256
 SHIFTS = (24, 16, 8, 0)
@@ -44,8 +45,7 @@ class Nucleus:
 def find_nucleus(
     logits_NP: Tensor,
     index_M: Tensor,
-    first_id: int,
-    noise: StationaryNoise,
+    shard: Shard,
     temperature: float,
     top_p: float,
     group: dist.ProcessGroup | None,
@@ -53,7 +53,7 @@ def find_nucleus(
     """The nucleus of the rows index_M of logits_NP, as this rank of the group needs it; top_p in (0, 1)."""
     floor_M = torch.empty(len(index_M), device=logits_NP.device)
     last_M = torch.empty_like(index_M)
-    for rows, x_CP in shard_rows(logits_NP, index_M, first_id, noise, beside=4 * DIGITS):
+    for rows, x_CP in shard_rows(logits_NP, index_M, shard, beside=4 * DIGITS):
         top_C = gather_ranks(x_CP.amax(-1), group).amax(0)
         mass_CP = ((x_CP - top_C[:, None]) * (LOG2_E / temperature)).exp2_().mul_(UNIT).long()
         key_C, above_C, within_C, budget_C = _search(ordered_bits(x_CP), mass_CP, top_p, group)
@@ -65,7 +65,7 @@ def find_nucleus(
         rank = 0 if group is None else dist.get_rank(group)
         own_C1 = (kept_C - count_RC[:rank].sum(0))[:, None]
         last_C = torch.where(equal_CP & (equal_CP.cumsum(-1) <= own_C1), _columns(x_CP), -1).amax(-1)
-        last_M[rows] = torch.where(last_C < 0, -1, first_id + last_C)
+        last_M[rows] = torch.where(last_C < 0, -1, shard.first_id + last_C)
     return Nucleus(floor_M, last_M)
 
 

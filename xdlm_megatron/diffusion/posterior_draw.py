@@ -37,8 +37,9 @@ from xdlm_megatron.diffusion.counter_rng import Key, Word, bounded_int, philox, 
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.nucleus import Nucleus, find_nucleus
 from xdlm_megatron.diffusion.posterior import jump_bound
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE, gather_ranks, shard_rows, winner_of_ranks
-from xdlm_megatron.diffusion.vocab_parallel import check_shards
+from xdlm_megatron.diffusion.row_ops import Shard
+from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE, shard_rows, tiled_shard, winner_of_ranks
+from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 TILES_PER_COUNTER = 4
 JUMP_DRAW, TOKEN_DRAW, NOISE_DRAW = 0, 1, 2
@@ -116,13 +117,13 @@ class ReverseStep:
         Row index_M[i] of logits_NP, this rank's columns, belongs to at_M[i]. Every rank of the group calls
         this with the same positions and gets the same ids. Raises ValueError on NaN.
         """
-        first_id = check_tiles(logits_NP.shape[1], self.noise, group)
+        shard = tiled_shard(logits_NP.shape[1], self.noise, group)
         z_M, counters = zt_BS.flatten()[at_M], self._counters(at_M, zt_BS.shape[1])
         rows = (logits_NP, index_M)
         nucleus = None
         if self.top_p < 1:
-            nucleus = find_nucleus(*rows, first_id, self.noise, self.temperature, self.top_p, group)
-        share_3M = self.draw(*rows, z_M, counters, first_id, self.noise, self.temperature, nucleus)
+            nucleus = find_nucleus(*rows, shard, self.temperature, self.top_p, group)
+        share_3M = self.draw(*rows, z_M, counters, shard, self.temperature, nucleus)
         shares_R3M = gather_ranks(share_3M, group)
         key_M, token_M = winner_of_ranks(shares_R3M)
         if bool(key_M.isnan().any()):
@@ -156,8 +157,7 @@ class DrawShard(Protocol):
         index_M: Tensor,
         zt_M: Tensor,
         counters: Counters,
-        first_id: int,
-        noise: StationaryNoise,
+        shard: Shard,
         temperature: float = 1.0,
         nucleus: Nucleus | None = None,
     ) -> Tensor: ...
@@ -168,34 +168,33 @@ def draw_shard(
     index_M: Tensor,
     zt_M: Tensor,
     counters: Counters,
-    first_id: int,
-    noise: StationaryNoise,
+    shard: Shard,
     temperature: float = 1.0,
     nucleus: Nucleus | None = None,
 ) -> Tensor:
     """A token of each row from this rank's columns: float64 [3, M], (key, id, x of z_t).
 
-    logits_NP: any float dtype; index_M: which of its rows are drawn from. zt_M: int64 global ids. first_id:
-    the id of the first column, a multiple of 8. nucleus: None is all of p. The key is -inf, and the id
+    logits_NP: any float dtype; index_M: which of its rows are drawn from. zt_M: int64 global ids. shard:
+    its first id is a multiple of 8. nucleus: None is all of p. The key is -inf, and the id
     without meaning, where the shard has no token of p; x is -inf where z_t is the mask, outside the nucleus
     or another rank's.
     """
     draw_3M = torch.empty(3, len(index_M), dtype=torch.float64, device=logits_NP.device)
     scale = LOG2_E / temperature
-    for rows, x_CP in shard_rows(logits_NP, index_M, first_id, noise):
+    for rows, x_CP in shard_rows(logits_NP, index_M, shard):
         if nucleus is not None:
-            nucleus[rows].remove_others(x_CP, first_id)
-        draw_3M[2, rows] = pick_column(x_CP, zt_M[rows] - first_id).double() * scale
+            nucleus[rows].remove_others(x_CP, shard.first_id)
+        draw_3M[2, rows] = pick_column(x_CP, zt_M[rows] - shard.first_id).double() * scale
         C, tiles = x_CP.shape[0], x_CP.shape[1] // TILE
         x_CT8 = x_CP.view(C, tiles, TILE)
         top_CT = x_CT8.amax(-1)
         x_CT8.sub_(top_CT.clamp_min(torch.finfo(top_CT.dtype).min)[..., None]).mul_(scale).exp2_()
         log_mass_CT = top_CT.double() * scale + _tile_sums(x_CT8).double().log2_()
-        key_CT = log_mass_CT - tile_exponentials(counters[rows], first_id // TILE, tiles).log2_()
+        key_CT = log_mass_CT - tile_exponentials(counters[rows], shard.first_id // TILE, tiles).log2_()
         draw_3M[0, rows], tile_C = key_CT.max(-1)
         weight_C8 = x_CT8[torch.arange(C, device=tile_C.device), tile_C]
         column_C = _inverse_cdf(weight_C8.double(), unit_interval(*counters[rows].words(TOKEN_DRAW)[2:]))
-        draw_3M[1, rows] = (first_id + tile_C * TILE + column_C).double()
+        draw_3M[1, rows] = (shard.first_id + tile_C * TILE + column_C).double()
     return draw_3M
 
 
@@ -247,17 +246,3 @@ def pick_column(x_CP: Tensor, column_C: Tensor) -> Tensor:
     owned_C = (column_C >= 0) & (column_C < x_CP.shape[1])
     picked_C = x_CP.gather(1, torch.where(owned_C, column_C, 0)[:, None])[:, 0]
     return torch.where(owned_C, picked_C, -torch.inf)
-
-
-def check_tiles(P: int, noise: StationaryNoise, group: dist.ProcessGroup | None) -> int:
-    """This rank's first id. Raises ValueError unless the ranks' P columns cover the vocabulary, in whole
-    tiles.
-    """
-    check_shards(P, noise, group)
-    ranks = 1 if group is None else group.size()
-    if ranks > 1 and P % TILE:
-        raise ValueError(
-            f"{ranks} ranks with {P} columns each cut the vocabulary within tiles of {TILE}, so that samples "
-            f"would depend on the number of ranks; pad it to a multiple of {TILE * ranks}"
-        )
-    return 0 if group is None else dist.get_rank(group) * P

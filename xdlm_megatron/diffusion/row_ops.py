@@ -241,19 +241,23 @@ def _chunks(logits_NP: Tensor, shard: Shard) -> Iterator[tuple[slice, Tensor, Te
     scratch).
     """
     N, P = logits_NP.shape
-    noise, first_id = shard
     size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // P)
     scratch = torch.empty(2, min(size, N), P, dtype=compute_dtype(logits_NP), device=logits_NP.device)
-    mask_column = -1 if noise.mask_id is None else noise.mask_id - first_id
-    padding = min(max(noise.vocab_size - first_id, 0), P)
     for start in range(0, N, size):
         rows = slice(start, min(start + size, N))
         x, other = scratch[:, : rows.stop - start].unbind(0)
         x.copy_(logits_NP[rows])
-        if 0 <= mask_column < P:
-            x[:, mask_column] = -torch.inf
-        x[:, padding:] = -torch.inf
+        hide_noise(x, shard)
         yield rows, x, other
+
+
+def hide_noise(logits_NP: Tensor, shard: Shard) -> None:
+    """-inf at the mask and from the padding on, in place."""
+    P, (noise, first_id) = logits_NP.shape[1], shard
+    mask_column = -1 if noise.mask_id is None else noise.mask_id - first_id
+    if 0 <= mask_column < P:
+        logits_NP[:, mask_column] = -torch.inf
+    logits_NP[:, min(max(noise.vocab_size - first_id, 0), P) :] = -torch.inf
 
 
 def _ratio(q_NP: Tensor, *, out: Tensor) -> Tensor:

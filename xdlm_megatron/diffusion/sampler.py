@@ -18,9 +18,10 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.counter_rng import Key
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import DrawShard, ReverseStep, check_tiles, draw_shard
+from xdlm_megatron.diffusion.posterior_draw import DrawShard, ReverseStep, draw_shard
 from xdlm_megatron.diffusion.schedule import Schedule
-from xdlm_megatron.diffusion.shard_rows import best_shard, gather_ranks, winner_of_ranks
+from xdlm_megatron.diffusion.shard_rows import best_shard, tiled_shard, winner_of_ranks
+from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 Pick = Callable[[Tensor, Tensor, Tensor, dist.ProcessGroup | None], Tensor]
 OnStep = Callable[[int, int, float, Tensor], None]
@@ -120,8 +121,8 @@ def _most_probable(
     index_M: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    first_id = check_tiles(logits_NP.shape[1], noise, group)
-    return winner_of_ranks(gather_ranks(best_shard(logits_NP, index_M, first_id, noise), group))[1]
+    shard = tiled_shard(logits_NP.shape[1], noise, group)
+    return winner_of_ranks(gather_ranks(best_shard(logits_NP, index_M, shard), group))[1]
 
 
 def _check(num_steps: int, final: str, t_end: float, temperature: float, top_p: float) -> None:

@@ -1,6 +1,4 @@
-"""Chosen rows of a vocabulary shard's logits, some at a time, and what the ranks of a group make of them.
-
-Rank r of the group owns the ids [r P, (r + 1) P), Megatron's rule.
+"""Chosen rows of a vocabulary shard's logits, some at a time, in tiles; their most probable token.
 
 Shape suffixes: N rows of logits, M rows at work, C rows of a chunk, P vocabulary shard, R ranks, K values.
 """
@@ -12,15 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import SCRATCH_ELEMENTS, Shard, hide_noise
+from xdlm_megatron.diffusion.vocab_parallel import check_shards, shard_of
 
-# Elements of one scratch buffer: it should stay in a core's cache on a CPU and fill a GPU.
-SCRATCH_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 TILE = 8
 LOG2_E = 1.4426950408889634
 
 
 def shard_rows(
-    logits_NP: Tensor, index_M: Tensor, first_id: int, noise: StationaryNoise, beside: int = 0
+    logits_NP: Tensor, index_M: Tensor, shard: Shard, beside: int = 0
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yield (part of index_M, its logits): float32 [C, whole tiles], -inf at mask and padding, the caller's
     to change. The parts are the same on every rank of a group. beside: elements a row that the caller needs
@@ -30,36 +28,23 @@ def shard_rows(
     width = (P + TILE - 1) // TILE * TILE
     size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // (width + beside))
     scratch = torch.empty(min(size, len(index_M)), width, device=logits_NP.device)
-    mask_column = -1 if noise.mask_id is None else noise.mask_id - first_id
-    padding = min(max(noise.vocab_size - first_id, 0), P)
     for start in range(0, len(index_M), size):
         rows = slice(start, min(start + size, len(index_M)))
         x_CP = scratch[: rows.stop - start]
         x_CP[:, :P].copy_(logits_NP[index_M[rows]])
-        if 0 <= mask_column < P:
-            x_CP[:, mask_column] = -torch.inf
-        x_CP[:, padding:] = -torch.inf
+        hide_noise(x_CP, shard)
         yield rows, x_CP
 
 
-def gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Stack every rank's tensor in rank order, [R, ...]."""
-    if group is None or group.size() == 1:
-        return local[None]
-    gathered = local.new_empty(group.size() * local.shape[0], *local.shape[1:])
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered.view(group.size(), *local.shape)
-
-
-def best_shard(logits_NP: Tensor, index_M: Tensor, first_id: int, noise: StationaryNoise) -> Tensor:
+def best_shard(logits_NP: Tensor, index_M: Tensor, shard: Shard) -> Tensor:
     """The most probable token of each row among this rank's columns, the lowest id of equals: float64 [2, M],
     (logit, id).
     """
     best_2M = torch.empty(2, len(index_M), dtype=torch.float64, device=logits_NP.device)
-    for rows, x_CP in shard_rows(logits_NP, index_M, first_id, noise):
+    for rows, x_CP in shard_rows(logits_NP, index_M, shard):
         column_C = x_CP.argmax(-1)
         best_2M[0, rows] = x_CP.gather(1, column_C[:, None])[:, 0].double()
-        best_2M[1, rows] = (first_id + column_C).double()
+        best_2M[1, rows] = (shard.first_id + column_C).double()
     return best_2M
 
 
@@ -69,3 +54,17 @@ def winner_of_ranks(shares_RKM: Tensor) -> tuple[Tensor, Tensor]:
     """
     value_M, rank_M = shares_RKM[:, 0].max(0)
     return value_M, shares_RKM[:, 1].gather(0, rank_M[None])[0].long()
+
+
+def tiled_shard(P: int, noise: StationaryNoise, group: dist.ProcessGroup | None) -> Shard:
+    """The ids of this rank's P columns. Raises ValueError unless the ranks cover the vocabulary, in whole
+    tiles.
+    """
+    check_shards(P, noise, group)
+    ranks = 1 if group is None else group.size()
+    if ranks > 1 and P % TILE:
+        raise ValueError(
+            f"{ranks} ranks with {P} columns each cut the vocabulary within tiles of {TILE}, so that samples "
+            f"would depend on the number of ranks; pad it to a multiple of {TILE * ranks}"
+        )
+    return shard_of(P, noise, group)

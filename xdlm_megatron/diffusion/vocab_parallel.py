@@ -91,10 +91,10 @@ def shard_nelbo(
 ) -> tuple[Tensor, Tensor]:
     """Loss [N], the same on every rank, and the terms_6N of ops.grad; all the communication is in here."""
     noise = shard.noise
-    merged_5N = ops.merge(_gather_ranks(ops.stats(logits_NP, tokens, shard), group), tokens, noise)
+    merged_5N = ops.merge(gather_ranks(ops.stats(logits_NP, tokens, shard), group), tokens, noise)
     if noise.uniform_ratio == 0:
         return ops.finish(merged_5N, None, tokens, noise)
-    sums_R2N = _gather_ranks(ops.sums(logits_NP, tokens, merged_5N, shard), group)
+    sums_R2N = gather_ranks(ops.sums(logits_NP, tokens, merged_5N, shard), group)
     return ops.finish(merged_5N, sums_R2N, tokens, noise)
 
 
@@ -113,7 +113,7 @@ def shard_of(P: int, noise: StationaryNoise, group: dist.ProcessGroup | None) ->
     return Shard(noise, 0 if group is None else dist.get_rank(group) * P)
 
 
-def _gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def gather_ranks(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Stack every rank's tensor in rank order, [R, ...]."""
     if group is None or group.size() == 1:
         return local[None]

@@ -7,11 +7,12 @@ from xdlm_megatron.diffusion import shard_rows
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.nucleus import find_nucleus, from_ordered_bits, ordered_bits
 from xdlm_megatron.diffusion.posterior import token_law
+from xdlm_megatron.diffusion.row_ops import Shard
 
 
 def kept(logits, noise, temperature, top_p):
     index = torch.arange(len(logits))
-    found = find_nucleus(logits, index, 0, noise, temperature, top_p, None)
+    found = find_nucleus(logits, index, Shard(noise), temperature, top_p, None)
     x = logits.float().clone()
     x[:, noise.mask_id], x[:, noise.vocab_size :] = -torch.inf, -torch.inf
     found.remove_others(x, 0)

@@ -16,6 +16,7 @@ from xdlm_megatron.diffusion.posterior_draw import (
     exponential,
     tile_exponentials,
 )
+from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.sampler import Logits
 
 KEY = (3, Stream.SAMPLE_STEP)
@@ -65,19 +66,21 @@ def test_exponentials_have_mean_and_variance_one():
 def test_a_row_is_drawn_alike_in_every_chunk_and_place(monkeypatch):
     logits = torch.randn(30, 60, generator=torch.Generator().manual_seed(0))
     noise, index = StationaryNoise(0.2, V, MASK), torch.arange(30)
-    whole = draw_shard(logits, index, index, counters(30), 0, noise)
+    whole = draw_shard(logits, index, index, counters(30), Shard(noise))
     monkeypatch.setitem(shard_rows.SCRATCH_ELEMENTS, "cpu", 200)
-    assert torch.equal(draw_shard(logits, index, index, counters(30), 0, noise), whole)
+    assert torch.equal(draw_shard(logits, index, index, counters(30), Shard(noise)), whole)
     some = torch.tensor([7, 3, 21])
-    assert torch.equal(draw_shard(logits, some, some, counters(30)[some], 0, noise), whole[:, some])
+    assert torch.equal(draw_shard(logits, some, some, counters(30)[some], Shard(noise)), whole[:, some])
     before = logits.clone()
-    draw_shard(logits, index, index, counters(30), 0, noise)
+    draw_shard(logits, index, index, counters(30), Shard(noise))
     assert torch.equal(logits, before)
 
 
 def test_a_shard_without_tokens_never_wins():
     noise = StationaryNoise(0.2, V, MASK)
-    key, _, signal = draw_shard(torch.randn(3, 8), torch.arange(3), torch.arange(3), counters(3), 48, noise)
+    key, _, signal = draw_shard(
+        torch.randn(3, 8), torch.arange(3), torch.arange(3), counters(3), Shard(noise, 48)
+    )
     assert key.tolist() == signal.tolist() == [-torch.inf] * 3
 
 
