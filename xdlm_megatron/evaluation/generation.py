@@ -119,7 +119,7 @@ def build_denoiser(chunks: list[Any], mesh: Mesh) -> Callable[[Tensor], HeadPred
         chunk.eval()
 
     def forward_step(batches: Iterator[_Input], model: Any) -> tuple[Tensor, Any]:
-        hidden = model(next(batches).zt_BS, without_head=True)
+        hidden = model(next(batches).zt_BS, None, True)  # no documents, no head
         return hidden, lambda hidden_SBH, non_loss_data: (hidden_SBH, unwrap(model).head_weight())
 
     @torch.no_grad()
