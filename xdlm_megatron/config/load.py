@@ -98,7 +98,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"{path}: cannot read the recipe ({error.strerror}); give the path of a YAML file"
         ) from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that no calendar has
-        raise ConfigError(f"{path}: not a recipe in YAML: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: not a recipe in YAML: {_one_line(error)}; mend it there") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a recipe is a mapping of sections (got {tree!r:.60}); see examples/")
     return tree
