@@ -134,7 +134,7 @@ CASES: dict[str, tuple[Change, list[str], list[str]]] = {
     "empty recipe": (lambda w: w.recipe.write_text(""), TRAIN, ["run.yaml"]),
     "unknown field": (field("model.num_layer", 3), TRAIN, ["model.num_layer", "did you mean 'num_layers'"]),
     "unknown section": (field("optimiser.lr", 3), TRAIN, ["optimiser", "did you mean 'optimizer'"]),
-    "no section": (field("optimizer", None), TRAIN, ["optimizer", "Field required"]),
+    "no section": (field("optimizer", None), TRAIN, ["optimizer", "required", "; add it"]),
     "wrong choice": (field("diffusion.schedule", "loglinaer"), TRAIN, ["loglinaer", "'loglinear'"]),
     "text for a number": (field("train.num_steps", "ten"), TRAIN, ["train.num_steps", "'ten'", "integer"]),
     "out of range": (field("diffusion.uniform_ratio", 1.5), TRAIN, ["uniform_ratio", "1.5", "less than"]),
