@@ -150,10 +150,10 @@ class _HeadNelbo(torch.autograd.Function):
         gradients = _Gradients(head, loss_N.dtype, ctx.needs_input_grad[:2]) if with_grad else None
         for rows in plan.chunks():
             logits_CP, tokens_C = head.logits(rows), tokens[rows]
-            loss_N[rows], terms_6C = shard_nelbo(logits_CP, tokens_C, shard, plan.group, ops)
+            out_CP = None if gradients is None else logits_CP
+            loss_N[rows], terms_6C = shard_nelbo(logits_CP, tokens_C, shard, plan.group, ops, out_CP)
             if gradients is not None:
                 terms_6N[:, rows] = terms_6C
-                ops.grad(logits_CP, tokens_C, terms_6C, None, shard, logits_CP)
                 gradients.add(head, rows, logits_CP)
         ctx.save_for_backward(hidden_BSH, weight_PH, terms_6N)
         ctx.plan, ctx.gradients = plan, gradients

@@ -92,6 +92,12 @@ class RowOps(NamedTuple):
     Merged; sums(logits_NP, tokens, merged_5N, shard) -> sums_2N, not called at k = 0;
     finish(merged_5N, sums_R2N or None, tokens, noise) -> loss_N, terms_6N, the rows of GradTerms;
     grad(logits_NP, tokens, terms_6N, upstream_N or None, shard, out_NP) -> None.
+
+    Optional, for one rank with the whole vocabulary, where a single read of the logits can do it:
+    whole(logits_NP, tokens, shard, out_NP or None) -> (loss_N, terms_6N), or None for rows that it cannot
+    take; out_NP, which may be logits_NP, gets the gradient for an upstream gradient of 1. With it comes
+    rescale(grad_NP, tokens, upstream_N, shard) -> None: such a gradient times upstream_N, in place; rows of
+    factor 0 become 0 whatever they hold.
     """
 
     stats: Callable[[Tensor, Tokens, Shard], Tensor]
@@ -99,6 +105,8 @@ class RowOps(NamedTuple):
     sums: Callable[[Tensor, Tokens, Tensor, Shard], Tensor]
     finish: Callable[[Tensor, Tensor | None, Tokens, StationaryNoise], tuple[Tensor, Tensor]]
     grad: Callable[[Tensor, Tokens, Tensor, Tensor | None, Shard, Tensor], None]
+    whole: Callable[[Tensor, Tokens, Shard, Tensor | None], tuple[Tensor, Tensor] | None] | None = None
+    rescale: Callable[[Tensor, Tokens, Tensor, Shard], None] | None = None
 
 
 def row_stats(logits_NP: Tensor, tokens: Tokens, shard: Shard) -> Tensor:

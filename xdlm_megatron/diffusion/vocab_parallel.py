@@ -38,9 +38,12 @@ def vocab_parallel_nelbo(
 
     logits_BSP: this rank's columns, any float dtype, contiguous or the transpose of a contiguous [S, B, P].
     zt_BS, x0_BS: int64 global ids; x0 is never the mask. alpha_B, beta_B, dalpha_B: float [B] or
-    broadcastable to [B, S]. group: the tensor-parallel group; None is one rank. grad_in_place: backward
-    writes the gradient over the logits (no second [tokens, P] tensor; a second backward raises) instead of
-    allocating one. ops: who does the work on rows.
+    broadcastable to [B, S]. group: the tensor-parallel group; None is one rank. grad_in_place: the gradient
+    takes the place of the logits (no second [tokens, P] tensor; a second backward raises) instead of a new
+    one: in backward, or at once where `ops` has `whole`. ops: who does the work on rows.
+
+    In the latter case 16-bit gradients are rounded for an upstream gradient of 1, and again where it is
+    another number; Megatron's schedules give 1.
 
     Mask and padding columns get gradient 0. A token with dalpha = 0 has loss 0 and gradient 0 exactly,
     whatever its logits hold (NaN, inf), and x0 may be any id there; so does the gradient of a row whose
@@ -67,7 +70,13 @@ class _VocabParallelNelbo(torch.autograd.Function):
         grad_in_place: bool,
         ops: RowOps,
     ) -> Tensor:
-        loss_N, terms_6N = shard_nelbo(to_rows(logits_BSP, transposed), tokens, shard, group, ops)
+        logits_NP = to_rows(logits_BSP, transposed)
+        ctx.done = grad_in_place and ops.whole is not None and group is None and ctx.needs_input_grad[0]
+        loss_N, terms_6N = shard_nelbo(
+            logits_NP, tokens, shard, group, ops, out_NP=logits_NP if ctx.done else None
+        )
+        if ctx.done:
+            torch.autograd.graph.increment_version(logits_BSP)
         ctx.save_for_backward(logits_BSP, terms_6N)
         ctx.tokens, ctx.shard, ctx.ops = tokens, shard, ops
         ctx.transposed, ctx.grad_in_place = transposed, grad_in_place
@@ -79,7 +88,10 @@ class _VocabParallelNelbo(torch.autograd.Function):
         logits_BSP, terms_6N = ctx.saved_tensors
         grad_BSP = logits_BSP.detach() if ctx.grad_in_place else torch.empty_like(logits_BSP)
         logits_NP, grad_NP = to_rows(logits_BSP, ctx.transposed), to_rows(grad_BSP, ctx.transposed)
-        ctx.ops.grad(logits_NP, ctx.tokens, terms_6N, upstream_N, ctx.shard, grad_NP)
+        if ctx.done:
+            ctx.ops.rescale(grad_NP, ctx.tokens, upstream_N, ctx.shard)
+        else:
+            ctx.ops.grad(logits_NP, ctx.tokens, terms_6N, upstream_N, ctx.shard, grad_NP)
         if ctx.grad_in_place:
             # saved_tensors checks the version: a second backward raises
             torch.autograd.graph.increment_version(logits_BSP)
@@ -87,9 +99,31 @@ class _VocabParallelNelbo(torch.autograd.Function):
 
 
 def shard_nelbo(
+    logits_NP: Tensor,
+    tokens: Tokens,
+    shard: Shard,
+    group: dist.ProcessGroup | None,
+    ops: RowOps,
+    out_NP: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Loss [N], the same on every rank, and the terms_6N of ops.grad; all the communication is in here.
+
+    out_NP, which may be logits_NP, gets the gradient for an upstream gradient of 1.
+    """
+    if ops.whole is not None and group is None:
+        done = ops.whole(logits_NP, tokens, shard, out_NP)
+        if done is not None:
+            return done
+    loss_N, terms_6N = _split_nelbo(logits_NP, tokens, shard, group, ops)
+    if out_NP is not None:
+        ops.grad(logits_NP, tokens, terms_6N, None, shard, out_NP)
+    return loss_N, terms_6N
+
+
+def _split_nelbo(
     logits_NP: Tensor, tokens: Tokens, shard: Shard, group: dist.ProcessGroup | None, ops: RowOps
 ) -> tuple[Tensor, Tensor]:
-    """Loss [N], the same on every rank, and the terms_6N of ops.grad; all the communication is in here."""
+    """In passes, with the ranks' messages between them."""
     noise = shard.noise
     merged_5N = ops.merge(gather_ranks(ops.stats(logits_NP, tokens, shard), group), tokens, noise)
     if noise.uniform_ratio == 0:
@@ -149,10 +183,10 @@ def to_tokens(
     dtype: torch.dtype,
     transposed: bool,
 ) -> Tokens:
-    """The tokens in the logits' storage order; rates in `dtype`, one for every token."""
+    """The tokens in the logits' storage order, contiguous; rates in `dtype`, one for every token."""
     rates = (per_token(x, dtype).expand(zt_BS.shape) for x in (alpha_B, beta_B, dalpha_B))
     order = (x.transpose(0, 1) if transposed else x for x in (zt_BS, x0_BS, *rates))
-    return Tokens(*(x.reshape(-1) for x in order))
+    return Tokens(*(x.reshape(-1).contiguous() for x in order))
 
 
 def from_rows(x_N: Tensor, shape: torch.Size, transposed: bool) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,16 +84,21 @@ class Library:
         Raises:
             KernelError: the call's error number, in words.
         """
-        function = getattr(self._dll, name)
-        converted = [_convert(argument) for argument in arguments]
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                stream = torch.cuda.current_stream().cuda_stream
-                code = function(*converted, ctypes.c_void_p(stream))
-        else:
-            code = function(*converted, None)
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        code = self._on(device, getattr(self._dll, name), *arguments, ctypes.c_void_p(stream))
         if code:
             raise KernelError(f"{name}: {self._dll.xdlm_error(ctypes.c_int64(code)).decode()} (error {code})")
+
+    def ask(self, name: str, device: torch.device, *arguments: object) -> int:
+        """A question that starts nothing: the int64 that it returns."""
+        function = getattr(self._dll, name)
+        function.restype = ctypes.c_int64
+        return self._on(device, function, *arguments)
+
+    def _on(self, device: torch.device, function: Any, *arguments: object) -> int:
+        converted = [_convert(argument) for argument in arguments]
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return int(function(*converted))
 
 
 def _convert(argument: object) -> object:

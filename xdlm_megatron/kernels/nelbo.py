@@ -13,7 +13,8 @@ from xdlm_megatron.kernels.library import Library, rows_of
 def nelbo_row_ops(library: Library) -> RowOps:
     """RowOps whose tensors lie on the library's device. Logits: float32 or bfloat16, of any alignment."""
     kernels = _NelboKernels(library)
-    return RowOps(kernels.stats, kernels.merge, kernels.sums, kernels.finish, kernels.grad)
+    split = (kernels.stats, kernels.merge, kernels.sums, kernels.finish, kernels.grad)
+    return RowOps(*split, whole=kernels.whole, rescale=kernels.rescale)
 
 
 class _NelboKernels:
@@ -53,14 +54,30 @@ class _NelboKernels:
         shard: Shard,
         out_NP: Tensor,
     ) -> None:
-        if out_NP.dtype != logits_NP.dtype or (out_NP.shape[1] > 1 and out_NP.stride(1) != 1):
-            raise ValueError(
-                f"out: {out_NP.dtype} with strides {out_NP.stride()}; as the logits, columns contiguous"
-            )
+        _check_out(out_NP, logits_NP)
         if upstream_N is not None:
             upstream_N = upstream_N.to(torch.float32).contiguous()
         arguments = (terms_6N.contiguous(), upstream_N, out_NP, out_NP.stride(0))
         self._call("xdlm_nelbo_grad", logits_NP, tokens, shard, *arguments)
+
+    def whole(
+        self, logits_NP: Tensor, tokens: Tokens, shard: Shard, out_NP: Tensor | None, cluster: int = 0
+    ) -> tuple[Tensor, Tensor] | None:
+        """cluster: blocks a row; 0 takes the fewest that it fits."""
+        device = logits_NP.device
+        rows = rows_of(logits_NP, tokens, shard)
+        if not (cluster or self._library.ask("xdlm_nelbo_cluster", device, rows)):
+            return None
+        if out_NP is not None:
+            _check_out(out_NP, logits_NP)
+        loss_N, terms_6N = tokens.alpha_N.new_empty(len(tokens)), tokens.alpha_N.new_empty(6, len(tokens))
+        out = (out_NP, 0 if out_NP is None else out_NP.stride(0))
+        self._call("xdlm_nelbo_whole", logits_NP, tokens, shard, loss_N, terms_6N, *out, cluster)
+        return loss_N, terms_6N
+
+    def rescale(self, grad_NP: Tensor, tokens: Tokens, upstream_N: Tensor, shard: Shard) -> None:
+        upstream_N = upstream_N.to(torch.float32).contiguous()
+        self._call("xdlm_nelbo_rescale", grad_NP, tokens, shard, upstream_N, grad_NP)
 
     def _call(
         self, name: str, logits_NP: Tensor | None, tokens: Tokens, shard: Shard, *arguments: object
@@ -73,3 +90,10 @@ class _NelboKernels:
         # what works on tokens alone reads no logits
         logits_NP = tokens.alpha_N[:, None] if logits_NP is None else logits_NP
         self._library.call(name, device, rows_of(logits_NP, tokens, shard), *arguments)
+
+
+def _check_out(out_NP: Tensor, logits_NP: Tensor) -> None:
+    if out_NP.dtype != logits_NP.dtype or (out_NP.shape[1] > 1 and out_NP.stride(1) != 1):
+        raise ValueError(
+            f"out: {out_NP.dtype} with strides {out_NP.stride()}; as the logits, columns contiguous"
+        )

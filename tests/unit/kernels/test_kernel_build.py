@@ -12,15 +12,18 @@ from xdlm_megatron.kernels import build
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
 needs_cxx = pytest.mark.skipif(build.find_cxx() is None, reason="needs g++")
 
-# Registers a thread at which the kernels of the split form still fill an SM (2048 threads, 65536 registers);
-# what works on a token is short and may take more.
+# Registers a thread at which the kernels still fill an SM: 32 for 2048 threads of 65536 registers, 40 for 3
+# blocks of 512. sm_80 has no clusters, and half the memory bandwidth. What works on a token may take more.
 MOST_REGISTERS = {
     "stats_kernel": 32,
     "sums_kernel": 32,
     "grad_kernel": 32,
+    "rescale_kernel": 32,
+    "whole_kernel": 40,
     "merge_kernel": 64,
     "finish_kernel": 64,
 }
+MOST_REGISTERS_SM_80 = {name: 64 for name in MOST_REGISTERS} | {"sums_kernel": 40}
 
 
 @needs_nvcc
@@ -32,7 +35,8 @@ def test_no_kernel_spills_and_rows_fill_an_sm() -> None:
     for usage in usages:
         assert usage.spill_bytes == 0, usage
         assert usage.stack_bytes == 0, usage
-        bound = MOST_REGISTERS.get(usage.kernel.split("<")[0])
+        bounds = MOST_REGISTERS_SM_80 if usage.arch == "sm_80" else MOST_REGISTERS
+        bound = bounds.get(usage.kernel.split("<")[0])
         assert bound is None or usage.registers <= bound, usage
 
 

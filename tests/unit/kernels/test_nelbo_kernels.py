@@ -103,6 +103,43 @@ def check(
     assert (grad[:, noise.mask_id] == 0).all()
 
 
+def by_whole(
+    ops: RowOps, logits_NP: Tensor, tokens: Tokens, noise: StationaryNoise, upstream_N: Tensor, **options: int
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient with one read, the gradient in place and scaled afterwards."""
+    loss_N, _ = ops.whole(logits_NP, tokens, Shard(noise), logits_NP, **options)
+    ops.rescale(logits_NP, tokens, upstream_N, Shard(noise))
+    return loss_N, logits_NP
+
+
+@pytest.mark.parametrize("dtype", GRAD_TOLERANCE)
+@pytest.mark.parametrize("k", RATIOS)
+@pytest.mark.parametrize("V", [250, 1000])
+def test_a_row_in_the_shared_memory_of_a_cluster(V, k, dtype, ops, library) -> None:
+    """Every cluster size; the last blocks of a cluster of 8 have few columns or none."""
+    logits, tokens, noise, upstream = make_case(V, k, dtype)
+    upstream = torch.ones_like(upstream)
+    want = by_brute_force(logits, tokens, noise, upstream)
+    on = library.device_type
+    for cluster in (0, 2, 4, 8):
+        arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
+        got = (x.cpu() for x in by_whole(ops, *arguments, cluster=cluster))
+        check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("V", [32003, 50304, 131072])
+@pytest.mark.parametrize("k", RATIOS)
+def test_rows_of_trained_vocabularies_in_a_cluster(V, k, ops, library) -> None:
+    on = library.device_type
+    for dtype, betas in ((torch.float32, [1e-3]), (torch.bfloat16, [1 - 1e-3])):
+        logits, tokens, noise, upstream = make_case(V, k, dtype, betas, scale=2.0)
+        upstream = torch.ones_like(upstream)
+        want = by_brute_force(logits, tokens, noise, upstream)
+        arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
+        got = (x.cpu() for x in by_whole(ops, *arguments))
+        check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("dtype", GRAD_TOLERANCE)
 @pytest.mark.parametrize("k", RATIOS)
 @pytest.mark.parametrize("V", [250, 1000])

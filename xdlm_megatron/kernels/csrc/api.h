@@ -41,3 +41,12 @@ XDLM_API int xdlm_nelbo_finish(const XdlmRows*, const float* merged_5N, const fl
 // upstream_N null: 1. out may be the logits.
 XDLM_API int xdlm_nelbo_grad(const XdlmRows*, const float* terms_6N, const float* upstream_N, void* out,
                              int64_t out_stride, void* stream);
+// Multiply the rows of a gradient (of the logits' shape, stride and dtype) by upstream_N, in place.
+XDLM_API int xdlm_nelbo_rescale(const XdlmRows*, const float* upstream_N, void* grad, void* stream);
+
+// All of it on one rank: every row is read once and, where out is not null, its gradient for an upstream gradient of
+// 1 is written once. A cluster of blocks keeps the row in its shared memory. cluster: 0 for xdlm_nelbo_cluster's.
+XDLM_API int xdlm_nelbo_whole(const XdlmRows*, float* loss_N, float* terms_6N, void* out, int64_t out_stride,
+                              int64_t cluster, void* stream);
+// Blocks a row needs on the current device: 1, 2, 4 or 8; 0 if it does not fit.
+XDLM_API int64_t xdlm_nelbo_cluster(const XdlmRows*);

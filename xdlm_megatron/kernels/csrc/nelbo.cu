@@ -1,68 +1,11 @@
-// The loss over rows of logits: stats, merge, sums, finish, grad (diffusion/row_ops.py says what each computes).
-// One block a row. A dead row (no loss) is never read.
-#include "nelbo_rows.cuh"
+// The loss in passes over rows of logits, with room for messages between ranks: stats, merge, sums, finish, grad
+// (diffusion/row_ops.py says what each computes). One block a row. A dead row (no loss) is never read.
+#include "nelbo_passes.cuh"
 
 namespace xdlm {
 
-constexpr int kThreads = 256;        // of a block of the split form
-constexpr size_t kReduceBytes = 256;  // room of reduce_block for 8-byte values
+constexpr int kThreads = 256;
 
-struct AddSums {
-  XDLM_DEVICE Sums operator()(Sums a, Sums b) const { return {a.T + b.T, a.s + b.s}; }
-};
-struct MergeSoftmax {
-  XDLM_DEVICE Softmax operator()(Softmax a, Softmax b) const { return merge(a, b); }
-};
-
-// ---- passes over some columns of a row by the threads of a block ------------------------------------------------
-template <class T> XDLM_DEVICE Softmax stats_pass(const T* source, const Part& part) {
-  Softmax softmax{-INFINITY, 0.f};
-  for (int j = 8 * thread_index(); j < part.real; j += 8 * block_threads()) {
-    float x[8];
-    read8(source, j, part, x);
-    exclude8(x, j, part, true);
-    add8(softmax, x);
-  }
-  return softmax;
-}
-
-template <class T> XDLM_DEVICE Sums sums_pass(const T* source, const Part& part, float top, float scale) {
-  Sums sums{0.f, 0.f};
-  for (int j = 8 * thread_index(); j < part.real; j += 8 * block_threads()) {
-    float x[8];
-    read8(source, j, part, x);
-    exclude8(x, j, part, true);
-    exponentials8(x, top, scale);
-    add8(sums, x, scale);
-  }
-  return sums;
-}
-
-// source and target may be the same; a thread writes what it has read itself.
-template <class T>
-XDLM_DEVICE void grad_pass(const T* source, const Part& part, const Terms& terms, T* target, const Part& target_part) {
-  for (int j = 8 * thread_index(); j < part.columns; j += 8 * block_threads()) {
-    float x[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-    if (j < part.real) {
-      read8(source, j, part, x);
-      exclude8(x, j, part, false);
-      exponentials8(x, terms.top, terms.scale);
-      gradient8(x, j, part, terms);
-    }
-    write8(target, j, target_part, x);
-  }
-}
-
-template <class T> XDLM_DEVICE void zero_pass(T* target, const Part& part) {
-  const float zero[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
-  for (int j = 8 * thread_index(); j < part.columns; j += 8 * block_threads()) write8(target, j, part, zero);
-}
-
-template <class T> XDLM_FN bool aligned(const T* address, int64_t stride) {
-  return uintptr_t(address) % 16 == 0 && stride * int64_t(sizeof(T)) % 16 == 0;
-}
-
-// ---- split form -------------------------------------------------------------------------------------------------
 template <class T> XDLM_KERNEL(kThreads) stats_kernel(XdlmRows rows, float* XDLM_RESTRICT stats) {
   const int64_t row = block_index(), N = rows.rows;
   const T* logits = static_cast<const T*>(rows.logits);
@@ -72,7 +15,7 @@ template <class T> XDLM_KERNEL(kThreads) stats_kernel(XdlmRows rows, float* XDLM
   if (live) {
     const Part part = part_of(rows, row, 0, int(rows.columns), aligned(logits, rows.row_stride));
     const T* source = logits + row * rows.row_stride;
-    softmax = reduce_block(stats_pass(source, part), MergeSoftmax{}, reinterpret_cast<Softmax*>(shared_memory()));
+    softmax = reduce_block(stats_pass<T>(source, part, nullptr), MergeSoftmax{}, reinterpret_cast<Softmax*>(shared_memory()));
     l_x = pick(source, part.x0, part);
     l_z = pick(source, part.zt, part);
   }
@@ -112,15 +55,6 @@ XDLM_KERNEL(kThreads) sums_kernel(XdlmRows rows, const float* XDLM_RESTRICT merg
   }
 }
 
-XDLM_DEVICE void write_terms(float* terms, int64_t N, int64_t row, const Terms& t) {
-  terms[row] = t.top;
-  terms[N + row] = t.scale;
-  terms[2 * N + row] = t.R;
-  terms[3 * N + row] = t.G;
-  terms[4 * N + row] = t.X;
-  terms[5 * N + row] = t.Z;
-}
-
 XDLM_KERNEL(kThreads) finish_kernel(XdlmRows rows, const float* XDLM_RESTRICT merged, const float* XDLM_RESTRICT sums,
                                     int64_t ranks, float* XDLM_RESTRICT loss, float* XDLM_RESTRICT terms) {
   const int64_t N = rows.rows, row = block_index() * block_threads() + thread_index();
@@ -155,10 +89,27 @@ XDLM_KERNEL(kThreads) grad_kernel(XdlmRows rows, const float* XDLM_RESTRICT term
   grad_pass(logits + row * rows.row_stride, part, t, out + row * out_stride, target);
 }
 
-int check(const XdlmRows& rows) {
-  if (rows.dtype != kFloat32 && rows.dtype != kBfloat16) return kBadDtype;
-  const bool sound = rows.rows >= 0 && rows.columns > 0 && rows.columns < (int64_t(1) << 31) - 8 && rows.first_id >= 0;
-  return sound && rows.vocab_size < (int64_t(1) << 31) && rows.row_stride >= 0 ? 0 : kBadShape;
+// out = upstream * out, in place, for a gradient that was made for an upstream gradient of 1. A row whose factor is
+// 1 is not touched: where all are, this costs a launch and no more.
+template <class T>
+XDLM_KERNEL(kThreads) rescale_kernel(XdlmRows rows, const float* XDLM_RESTRICT upstream, T* XDLM_RESTRICT grad) {
+  const int64_t row = block_index();
+  const float factor = upstream[row];
+  if (factor == 1.f) return;
+  T* target = grad + row * rows.row_stride;
+  const Part part = part_of(rows, row, 0, int(rows.columns), aligned(grad, rows.row_stride));
+  if (factor == 0.f) {
+    zero_pass(target, part);
+    return;
+  }
+  for (int j = 8 * thread_index(); j < part.columns; j += 8 * block_threads()) {
+    Vector<T> v;
+    float x[8];
+    read8(target, j, part, v);
+    decode(v, x);
+    XDLM_UNROLL for (int i = 0; i < 8; ++i) x[i] *= factor;
+    write8(target, j, part, x);
+  }
 }
 
 int64_t token_blocks(const XdlmRows& rows) {
@@ -206,4 +157,13 @@ int xdlm_nelbo_grad(const XdlmRows* rows, const float* terms_6N, const float* up
                   out_stride);
   return launch(grad_kernel<bf16>, rows->rows, threads, 1, 0, stream, *rows, terms_6N, upstream_N, (bf16*)out,
                 out_stride);
+}
+
+int xdlm_nelbo_rescale(const XdlmRows* rows, const float* upstream_N, void* grad, void* stream) {
+  const int error = check(*rows);
+  if (error != 0) return error;
+  const int threads = threads_for(rows->columns, kThreads);
+  if (rows->dtype == kFloat32)
+    return launch(rescale_kernel<float>, rows->rows, threads, 1, 0, stream, *rows, upstream_N, (float*)grad);
+  return launch(rescale_kernel<bf16>, rows->rows, threads, 1, 0, stream, *rows, upstream_N, (bf16*)grad);
 }

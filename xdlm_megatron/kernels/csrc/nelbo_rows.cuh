@@ -29,18 +29,20 @@ XDLM_FN bool is_live(const XdlmRows& rows, int64_t row) {
   return rows.dalpha[row] != 0.f && (rows.uniform_ratio > 0.f || rows.zt[row] == rows.mask_id);
 }
 
-template <class T> XDLM_FN void read8(const T* source, int j, const Part& part, float (&x)[8]) {
+template <class T> XDLM_FN void read8(const T* source, int j, const Part& part, Vector<T>& v) {
   if (j + 8 <= part.vectors) {
-    load8(source + j, x);
+    load(source + j, v);
   } else {
-    XDLM_UNROLL for (int i = 0; i < 8; ++i) x[i] = j + i < part.columns ? to_float(source[j + i]) : 0.f;
+    XDLM_UNROLL for (int i = 0; i < 8; ++i) v.items[i] = j + i < part.columns ? source[j + i] : T{};
   }
 }
 template <class T> XDLM_FN void write8(T* target, int j, const Part& part, const float (&x)[8]) {
+  Vector<T> v;
+  encode(x, v);
   if (j + 8 <= part.vectors) {
-    store8(target + j, x);
+    store(target + j, v);
   } else {
-    XDLM_UNROLL for (int i = 0; i < 8; ++i) if (j + i < part.columns) target[j + i] = from_float<T>(x[i]);
+    XDLM_UNROLL for (int i = 0; i < 8; ++i) if (j + i < part.columns) target[j + i] = v.items[i];
   }
 }
 // -inf at mask and padding, and at x0 if it is to stay out.

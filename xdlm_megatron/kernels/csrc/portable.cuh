@@ -10,14 +10,15 @@
 #include <cuda_runtime.h>
 #define XDLM_FN __host__ __device__ __forceinline__
 #define XDLM_DEVICE __device__ __forceinline__
-#define XDLM_KERNEL(max_threads) __global__ void __launch_bounds__(max_threads)
+// most threads a block, and optionally least blocks an SM
+#define XDLM_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define XDLM_UNROLL _Pragma("unroll")
 #define XDLM_RESTRICT __restrict__
 #else
 #include "host_shim.h"
 #define XDLM_FN inline
 #define XDLM_DEVICE inline
-#define XDLM_KERNEL(max_threads) void
+#define XDLM_KERNEL(...) void
 #define XDLM_UNROLL
 #define XDLM_RESTRICT __restrict__
 #endif
@@ -74,16 +75,24 @@ template <class T> union Vector {
   T items[8];
   XDLM_FN Vector() {}
 };
-template <class T> XDLM_FN void load8(const T* address, float (&x)[8]) {
-  Vector<T> v;
+template <class T> XDLM_FN void load(const T* address, Vector<T>& v) {
   XDLM_UNROLL for (int i = 0; i < int(sizeof(T) / 2); ++i) v.quads[i] = reinterpret_cast<const Quad*>(address)[i];
-  XDLM_UNROLL for (int i = 0; i < 8; ++i) x[i] = to_float(v.items[i]);
 }
-template <class T> XDLM_FN void store8(T* address, const float (&x)[8]) {
-  Vector<T> v;
-  XDLM_UNROLL for (int i = 0; i < 8; ++i) v.items[i] = from_float<T>(x[i]);
+template <class T> XDLM_FN void store(T* address, const Vector<T>& v) {
   XDLM_UNROLL for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<Quad*>(address)[i] = v.quads[i];
 }
+template <class T> XDLM_FN void decode(const Vector<T>& v, float (&x)[8]) {
+  XDLM_UNROLL for (int i = 0; i < 8; ++i) x[i] = to_float(v.items[i]);
+}
+template <class T> XDLM_FN void encode(const float (&x)[8], Vector<T>& v) {
+  XDLM_UNROLL for (int i = 0; i < 8; ++i) v.items[i] = from_float<T>(x[i]);
+}
+#if defined(__CUDA_ARCH__)
+template <> __device__ __forceinline__ void encode<bf16>(const float (&x)[8], Vector<bf16>& v) {  // two in one instruction
+  XDLM_UNROLL for (int i = 0; i < 4; ++i)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v.quads[0].word[i]) : "f"(x[2 * i + 1]), "f"(x[2 * i]));
+}
+#endif
 
 // ---- elementary functions: one instruction each on the device ---------------------------------------------------
 XDLM_FN float fast_exp2(float x) {
@@ -141,11 +150,6 @@ template <class T> XDLM_DEVICE T shuffle_xor(T value, int mask) {
   return value;
 }
 #if __CUDA_ARCH__ >= 900
-XDLM_DEVICE int cluster_rank() {
-  unsigned rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return int(rank);
-}
 XDLM_DEVICE void sync_cluster() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -156,7 +160,6 @@ template <class T> XDLM_DEVICE T* in_block(T* place, int rank) {
   return reinterpret_cast<T*>(mapped);
 }
 #else  // clusters begin with compute capability 9.0; below, a cluster is one block
-XDLM_DEVICE int cluster_rank() { return 0; }
 XDLM_DEVICE void sync_cluster() { __syncthreads(); }
 template <class T> XDLM_DEVICE T* in_block(T* place, int) { return place; }
 #endif
@@ -167,7 +170,6 @@ inline int64_t block_index() { return host::context.block; }
 inline void sync_block() { host::context.own->barrier.arrive_and_wait(); }
 inline unsigned char* shared_memory() { return host::context.own->shared(); }
 template <class T> T shuffle_xor(T value, int mask) { return host::shuffle_xor(value, mask); }
-inline int cluster_rank() { return host::context.rank; }
 inline void sync_cluster() { host::context.cluster->barrier.arrive_and_wait(); }
 template <class T> T* in_block(T* place, int rank) {
   return (T*)((unsigned char*)place - shared_memory() + host::context.cluster->blocks[rank]->shared());
