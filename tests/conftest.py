@@ -12,14 +12,12 @@ REPOSITORY = Path(__file__).parents[1]
 CORPUS = REPOSITORY / "examples/data/shakespeare.jsonl.xz"
 
 
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+def make_tiny_data(folder: Path) -> dict[str, object]:
     """The `data` section of a recipe: 60 scenes in 256 SentencePiece ids, a part of them held out."""
     from xdlm_megatron.data.preprocess import PreprocessOptions, preprocess
     from xdlm_megatron.data.tokenizer import load_tokenizer
     from xdlm_megatron.data.train_tokenizer import train_sentencepiece
 
-    folder = tmp_path_factory.mktemp("data")
     with lzma.open(CORPUS, "rt") as stream:
         lines = [line for _, line in zip(range(60), stream, strict=False)]
     (folder / "text.jsonl").write_text("".join(lines))
@@ -46,9 +44,8 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="session")
-def tiny_recipe(tiny_data: dict[str, object]) -> dict[str, dict]:
-    """A recipe of a model that trains in milliseconds a step; copy it before changing it."""
+def make_tiny_recipe(tiny_data: dict[str, object]) -> dict[str, dict]:
+    """A recipe of a model that trains in milliseconds a step."""
     return {
         "run": {"name": "tiny", "seed": 7},
         "diffusion": {"uniform_ratio": 0.1},
@@ -67,3 +64,15 @@ def tiny_recipe(tiny_data: dict[str, object]) -> dict[str, dict]:
         "evaluation": {"interval": 10, "num_sequences": 20},
         "tracking": {"mlflow": None},
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """See `make_tiny_data`; made once a session."""
+    return make_tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(tiny_data: dict[str, object]) -> dict[str, dict]:
+    """See `make_tiny_recipe`; copy it before changing it."""
+    return make_tiny_recipe(tiny_data)

@@ -9,6 +9,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from pathlib import Path
 
 from xdlm_megatron import __version__
@@ -16,11 +17,18 @@ from xdlm_megatron.config.derive import derive, model_parallel_size
 from xdlm_megatron.config.load import dump_recipe, load_recipe
 from xdlm_megatron.config.schema import RunConfig
 
-USER_ERROR = 2
+
+class ExitStatus(IntEnum):
+    """What a process of a run tells whoever started it. torchrun makes 1 of all that are not 0."""
+
+    DONE = 0  # finished, or stopped as asked
+    FAILED = 1  # training cannot go on, or a crash
+    USER_ERROR = 2  # recipe, data, checkpoint or command line, told in one line
+    REQUEUE = 75  # saved, and wants to be started again with --resume: EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit status: 0 done, 1 training failed, 2 the user's to mend."""
+    """Runs a verb; returns the exit status."""
     options = _parse(arguments)
     if not sys.warnoptions:  # these speak to developers of Megatron-Core and torch; -W default shows them
         warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
@@ -73,15 +81,16 @@ def _train(options: argparse.Namespace) -> int:
     config = _load(options)
     # First, so that the patches of Megatron-Core are in place when the rest imports it.
     import xdlm_megatron.parallel  # noqa: F401
-    from xdlm_megatron.train.loop import TrainingError
+    from xdlm_megatron.train.ending import REQUEUE, TrainingError
     from xdlm_megatron.train.run import train
 
     try:
-        train(config, resume=options.resume, allow_fallback=options.allow_fallback)
+        outcome = train(config, resume=options.resume, allow_fallback=options.allow_fallback)
     except TrainingError as error:
-        _fail(str(error))
-        return 1
-    return 0
+        if error.untold:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return ExitStatus.FAILED
+    return ExitStatus.REQUEUE if outcome == REQUEUE else ExitStatus.DONE
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -123,7 +132,7 @@ def _fail(message: str) -> int:
     """One message a machine: its processes see the same recipe and the same disk."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
-    return USER_ERROR
+    return ExitStatus.USER_ERROR
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:

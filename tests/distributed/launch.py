@@ -1,23 +1,33 @@
-"""Starts a training run the way users do: torchrun and the command line, on gloo."""
+"""Starts the processes of a run on gloo: forked from a zygote, or by torchrun as users do (seconds more)."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import copy
+import functools
 import json
 import os
+import select
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 
-TIMEOUT_SECONDS = 240
+from tests.distributed.zygote import MODULE
+
+REPOSITORY = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 120.0
 
 
 def write_recipe(folder: Path, recipe: dict[str, Any], name: str) -> Path:
@@ -29,22 +39,89 @@ def write_recipe(folder: Path, recipe: dict[str, Any], name: str) -> Path:
     return path
 
 
-def command(
-    num_processes: int, verb: str, recipe: Path, arguments: Sequence[str], program: Sequence[str]
-) -> list[str]:
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(num_processes),
-        "--standalone",
-    ]
-    return [*launcher, *program, verb, str(recipe), *arguments]
-
-
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    """Of every process of a run."""
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+    fixed = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return {**os.environ, **fixed, "PYTHONWARNINGS": "ignore", "PYTHONPATH": path}
+
+
+class Job:
+    """A run that was started: its processes, in the order of their ranks, and what they print."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        descriptor, name = tempfile.mkstemp(prefix="job-", suffix=".log", dir=_zygote())
+        os.close(descriptor)
+        self.log = Path(name)
+        self._connection = socket.socket(socket.AF_UNIX)
+        self._connection.connect(str(_zygote() / "socket"))
+        self._connection.sendall(json.dumps(request | {"log": name}).encode() + b"\n")
+        self._received = b""
+        self.pids: list[int] = self._read("pids", TIMEOUT_SECONDS)
+        self.codes: list[int] | None = None
+
+    def wait(self, timeout: float = TIMEOUT_SECONDS) -> list[int]:
+        """The exit codes, by rank. Fails with the output after `timeout` seconds."""
+        if self.codes is None:
+            self.codes = self._read("codes", timeout)
+        return self.codes
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = TIMEOUT_SECONDS) -> None:
+        """Returns once the condition holds; fails with the output where the run ends or time runs out."""
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert not self.ended, self.output()
+            assert time.monotonic() < deadline, f"waited {timeout} s for nothing:\n{self.output()}"
+            time.sleep(0.005)
+
+    @property
+    def ended(self) -> bool:
+        return self.codes is not None or bool(self._received) or self._is_readable(0)
+
+    def signal(self, number: signal.Signals, ranks: Sequence[int] | None = None) -> None:
+        """To all processes, or to those of `ranks`."""
+        for rank in range(len(self.pids)) if ranks is None else ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pids[rank], number)
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def close(self) -> None:
+        """Ends what is left of it."""
+        self._connection.close()
+
+    def _read(self, name: str, timeout: float) -> list[int]:
+        while b"\n" not in self._received:
+            assert self._is_readable(timeout), f"no {name} in {timeout} s:\n{self.output()}"
+            received = self._connection.recv(65536)
+            assert received, f"the supervisor is gone:\n{self.output()}"
+            self._received += received
+        line, self._received = self._received.split(b"\n", 1)
+        return json.loads(line)[name]
+
+    def _is_readable(self, timeout: float) -> bool:
+        return bool(select.select([self._connection], [], [], timeout)[0])
+
+
+@contextmanager
+def started(
+    num_processes: int, verb: str, recipe: Path, arguments: Sequence[str] = (), program: str | Path = MODULE
+) -> Iterator[Job]:
+    """A run in the background; nothing of it is left behind the block."""
+    job = Job(
+        {
+            "num_processes": num_processes,
+            "program": str(program),
+            "arguments": [verb, str(recipe), *arguments],
+            "environment": environment(),
+            "folder": os.getcwd(),
+        }
+    )
+    try:
+        yield job
+    finally:
+        job.close()
 
 
 def launch(
@@ -52,59 +129,68 @@ def launch(
     verb: str,
     recipe: Path,
     arguments: Sequence[str] = (),
-    program: Sequence[str] = ("-m", "xdlm_megatron"),
+    program: str | Path = MODULE,
+    status: int = 0,
 ) -> str:
-    """Runs to the end and returns what was printed; fails with it where the exit status is not 0."""
-    done = subprocess.run(
-        command(num_processes, verb, recipe, arguments, program),
-        env=environment(),
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    """Runs to the end and returns what was printed; fails with it where a process ends otherwise."""
+    with started(num_processes, verb, recipe, arguments, program) as job:
+        assert set(job.wait()) == {status}, f"{job.codes}\n{job.output()[-8000:]}"
+        return job.output()
 
 
-def launch_and_kill(
-    num_processes: int,
-    recipe: Path,
-    arguments: Sequence[str],
-    metrics: Path,
-    after_step: int,
-    how: signal.Signals,
-) -> str:
-    """Starts training and sends `how` to every process once `after_step` is logged; returns the output."""
+@functools.cache
+def _zygote() -> Path:
+    """The folder of the zygote that serves this test process, started on first use."""
+    folder = Path(tempfile.mkdtemp(prefix="zygote-"))
     process = subprocess.Popen(
-        command(num_processes, "train", recipe, arguments, ("-m", "xdlm_megatron")),
+        [sys.executable, "-m", "tests.distributed.zygote", str(folder / "socket")],
+        cwd=REPOSITORY,
         env=environment(),
-        text=True,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        text=True,
     )
-    deadline = time.monotonic() + TIMEOUT_SECONDS
+
+    def end() -> None:
+        process.communicate(timeout=10)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", "the zygote did not start; its error is above"
+    return folder
+
+
+def torchrun(num_processes: int, verb: str, recipe: Path, *arguments: str) -> list[str]:
+    """The command that a user types."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [
+        *launcher,
+        "--nproc-per-node",
+        str(num_processes),
+        "-m",
+        "xdlm_megatron",
+        verb,
+        str(recipe),
+        *arguments,
+    ]
+
+
+@contextmanager
+def started_by_torchrun(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
+    """The launcher; it and its ranks (each in a session of its own) are ended with the block."""
+    process = subprocess.Popen(
+        command, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     try:
-        while last_step(metrics) < after_step:
-            assert process.poll() is None, process.communicate()[0][-6000:]
-            assert time.monotonic() < deadline, "the run did not get to the step in time"
-            time.sleep(0.02)
-        if how is signal.SIGKILL:
-            kill_tree(process.pid)
-        else:
-            process.send_signal(how)  # torchrun passes it on, as under Slurm
-        return process.communicate(timeout=TIMEOUT_SECONDS)[0]
+        yield process
     finally:
         if process.poll() is None:
-            kill_tree(process.pid)
-
-
-def kill_tree(pid: int) -> None:
-    """kill -9 for the launcher, the ranks (each in a session of its own) and their children."""
-    launcher = psutil.Process(pid)
-    for process in [*launcher.children(recursive=True), launcher]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+            launcher = psutil.Process(process.pid)
+            for each in [*launcher.children(recursive=True), launcher]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.kill()
+            process.wait(10)
 
 
 def last_step(metrics: Path) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 MANIFEST = "manifest.json"
 CHECKSUM = "blake2b-128"
@@ -25,12 +26,18 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there or cannot be used; the message names it and the cure."""
 
 
-def write_manifest(folder: Path) -> None:
-    """Records every file of the folder as it is now."""
-    names = [name for name in _file_names(folder) if name != MANIFEST]
+def describe(folder: Path, names: Iterable[str]) -> dict[str, dict[str, int | str]]:
+    """The manifest's entries of these files."""
+    names = list(names)
     with ThreadPoolExecutor(_num_threads()) as pool:
-        entries = pool.map(lambda name: _describe(folder / name), names)
-        files = dict(zip(names, entries, strict=True))
+        return dict(zip(names, pool.map(lambda name: _describe(folder / name), names), strict=True))
+
+
+def write_manifest(folder: Path, known: Mapping[str, dict[str, int | str]] = MappingProxyType({})) -> None:
+    """Records every file of the folder as it is now; the entries in `known` were made by their writers."""
+    names = [name for name in _file_names(folder) if name != MANIFEST]
+    made = describe(folder, (name for name in names if name not in known))
+    files = {name: known.get(name) or made[name] for name in names}
     (folder / MANIFEST).write_text(json.dumps({"checksum": CHECKSUM, "files": files}, indent=1) + "\n")
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from xdlm_megatron.config.schema import Data, RunConfig
+from xdlm_megatron.config.schema import Data, RunConfig, Train
 
 _BYTES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
 class Derived:
-    """What a recipe amounts to on `world_size` processes."""
+    """What a recipe amounts to on `world_size` processes; a step is one after the batch has grown."""
 
     world_size: int
     data_parallel_size: int
@@ -114,6 +114,35 @@ def flops_per_token(config: RunConfig) -> float:
     return 6.0 * (matrices + config.data.vocab_size * model.hidden_size) + attention
 
 
+def batch_size_at(train: Train, consumed_samples: int) -> int:
+    """Sequences in the step that starts after `consumed_samples`: a function of that number alone.
+
+    A ramp-up raises it by its increment after each of (global_batch_size - start) / increment equal parts of
+    its samples.
+    """
+    if train.rampup_batch_size is None:
+        return train.global_batch_size
+    start, increment, samples = train.rampup_batch_size
+    num_increments = (train.global_batch_size - start) // increment
+    return min(start + increment * (consumed_samples * num_increments // samples), train.global_batch_size)
+
+
+def consumed_after(train: Train, num_steps: int) -> int:
+    """Samples that the first `num_steps` steps take."""
+    consumed = 0
+    while num_steps > 0:
+        size = batch_size_at(train, consumed)
+        steps = num_steps
+        if train.rampup_batch_size is not None and size < train.global_batch_size:
+            start, increment, samples = train.rampup_batch_size
+            num_increments = (train.global_batch_size - start) // increment
+            raised_at = -(-((size - start) // increment + 1) * samples // num_increments)
+            steps = min(num_steps, -(-(raised_at - consumed) // size))
+        consumed += steps * size
+        num_steps -= steps
+    return consumed
+
+
 def derive(config: RunConfig, world_size: int) -> Derived:
     """The figures of a recipe on `world_size` processes.
 
@@ -127,30 +156,17 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         parallel.pipeline_model_parallel_size,
         parallel.context_parallel_size,
     )
-    unit = train.micro_batch_size * replicas
-    if train.global_batch_size % unit:
-        below = train.global_batch_size // unit * unit
-        nearest = f"{below} or {below + unit}" if below else f"{unit}"
-        raise ValueError(
-            f"train.global_batch_size={train.global_batch_size} must be a multiple of micro_batch_size * "
-            f"data_parallel_size = {train.micro_batch_size} * {replicas} = {unit}; nearest: {nearest}"
-        )
-    num_microbatches = train.global_batch_size // unit
-    stages = parallel.pipeline_model_parallel_size
-    if parallel.virtual_pipeline_model_parallel_size and num_microbatches % stages:
-        raise ValueError(
-            f"interleaved pipelining needs micro-batches per step ({num_microbatches}) in multiples of "
-            f"pipeline_model_parallel_size={stages}; change train.global_batch_size or train.micro_batch_size"
-        )
+    for knob, size in _batch_sizes(train).items():
+        _check_batch_size(config, knob, size, replicas)
     parameters = num_parameters(config)
     tokens_per_step = train.global_batch_size * config.data.seq_length
     embeddings = 1 if config.model.share_embeddings_and_output_weights else 2
     return Derived(
         world_size=world_size,
         data_parallel_size=replicas,
-        num_microbatches=num_microbatches,
+        num_microbatches=train.global_batch_size // (train.micro_batch_size * replicas),
         tokens_per_step=tokens_per_step,
-        total_tokens=tokens_per_step * train.num_steps,
+        total_tokens=consumed_after(train, train.num_steps) * config.data.seq_length,
         padded_vocab_size=padded_vocab_size(config),
         num_query_groups=num_query_groups(config),
         kv_channels=kv_channels(config),
@@ -160,3 +176,31 @@ def derive(config: RunConfig, world_size: int) -> Derived:
         flops_per_token=flops_per_token(config),
         weight_bytes=parameters * _BYTES[config.precision.dtype],
     )
+
+
+def _batch_sizes(train: Train) -> dict[str, int]:
+    """The numbers of which every batch is made, by the knob that gives them."""
+    sizes = {"train.global_batch_size": train.global_batch_size}
+    if train.rampup_batch_size is not None:
+        start, increment, _ = train.rampup_batch_size
+        sizes |= {"train.rampup_batch_size's start": start, "train.rampup_batch_size's increment": increment}
+    return sizes
+
+
+def _check_batch_size(config: RunConfig, knob: str, size: int, replicas: int) -> None:
+    """Raises ValueError where micro-batches do not share it out."""
+    micro_batch_size = config.train.micro_batch_size
+    unit = micro_batch_size * replicas
+    if size % unit:
+        below = size // unit * unit
+        nearest = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ValueError(
+            f"{knob}={size} must be a multiple of micro_batch_size * "
+            f"data_parallel_size = {micro_batch_size} * {replicas} = {unit}; nearest: {nearest}"
+        )
+    stages = config.parallel.pipeline_model_parallel_size
+    if config.parallel.virtual_pipeline_model_parallel_size and size // unit % stages:
+        raise ValueError(
+            f"interleaved pipelining needs micro-batches per step ({size // unit}) in multiples of "
+            f"pipeline_model_parallel_size={stages}; change {knob}={size} or train.micro_batch_size"
+        )

@@ -143,6 +143,13 @@ def _run_contradictions(config: RunConfig) -> Iterator[str]:
             f"train.global_batch_size={train.global_batch_size} must be a multiple of "
             f"train.micro_batch_size={train.micro_batch_size}; change one of them"
         )
+    if train.rampup_batch_size is not None:
+        start, increment, _ = train.rampup_batch_size
+        if start >= train.global_batch_size or (train.global_batch_size - start) % increment:
+            yield (
+                f"train.rampup_batch_size={list(train.rampup_batch_size)} must lead from its start in whole "
+                f"increments up to train.global_batch_size={train.global_batch_size}; change one of them"
+            )
     if train.stop_after_step and train.stop_after_step >= train.num_steps:
         yield f"train.stop_after_step={train.stop_after_step} has no effect at {steps}; remove it"
     checkpoint = config.checkpoint

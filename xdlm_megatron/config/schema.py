@@ -194,6 +194,8 @@ class Train:
     """Sequences a process takes at once."""
     global_batch_size: PositiveInt
     """Sequences in an optimizer step, over all processes and accumulated micro-batches."""
+    rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
+    """[start, increment, samples]: batches grow from start to global_batch_size over the first samples."""
     fuse_head: Flag = False
     """Head and loss together, some tokens at a time: the logits of a micro-batch never exist at once."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
@@ -202,6 +204,8 @@ class Train:
     """Steps between logged lines."""
     max_skipped_steps: PositiveInt = 10
     """Consecutive steps with a non-finite gradient that end the run."""
+    spike_factor: PositiveFloat | None = 10.0
+    """Report a loss this many robust deviations above the median of recent steps; null: no reports."""
     stop_after_step: PositiveInt | None = None
     """Save and stop cleanly after this step; the schedule still aims at num_steps."""
 
@@ -209,7 +213,9 @@ class Train:
 @section(frozen=True, kw_only=True, config=_STRICT)
 class Checkpoint:
     save_interval: PositiveInt = 1000
-    """Steps between checkpoints; one more is written at the end and on SIGINT or SIGTERM."""
+    """Steps between checkpoints; one more is written at the end and on a signal to stop."""
+    async_save: Flag = False
+    """Write files while training goes on, from a copy in the CPU's memory."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that are kept."""
     keep_every: PositiveInt | None = None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from xdlm_megatron.config.derive import batch_size_at, consumed_after
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import Batch
 from xdlm_megatron.data.build import build_train_samples, build_valid_samples
@@ -47,8 +48,8 @@ def load_batch(config: RunConfig, step: int | None, num_samples: int) -> tuple[l
                 f"step {step} is not of this run; choose one of 1 to train.num_steps={config.train.num_steps}"
             )
         samples = build_train_samples(config, device)
-        batch_size = config.train.global_batch_size
-        first_id = (step - 1) * batch_size
+        first_id = consumed_after(config.train, step - 1)
+        batch_size = batch_size_at(config.train, first_id)
     slots = np.arange(min(num_samples, batch_size))
     return (first_id + slots).tolist(), samples.build(first_id + slots, slots, batch_size)
 

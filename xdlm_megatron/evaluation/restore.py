@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.checkpoint.contents import model_state
-from xdlm_megatron.checkpoint.save_load import (
+from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
     check_whole,
     find_latest,
@@ -58,9 +58,9 @@ def restore_model(
     state = model_state(bare, mesh.groups)
     if use_ema:
         parameters = [p for chunk in bare for p in chunk.parameters()]
-        load_into_parameters(state, parameters, lambda ema: load_checkpoint(path, {"ema": ema})["ema"])
+        load_into_parameters(state, parameters, lambda ema: load_checkpoint(path, {"ema": ema}, mesh)["ema"])
     else:
-        values = load_checkpoint(path, state)
+        values = load_checkpoint(path, state, mesh)
         for index, chunk in enumerate(bare):
             chunk.load_state_dict(values[f"model{index}"])
     return chunks, plain["train_state"]["step"]

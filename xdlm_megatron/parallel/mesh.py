@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from xdlm_megatron.config.derive import data_parallel_size
 from xdlm_megatron.config.schema import Parallel
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,26 @@ class Mesh:
 
     def barrier(self) -> None:
         dist.barrier()
+
+    def on_main(self, work: Callable[[], T], *errors: type[Exception]) -> T:
+        """What `work` gives on the main process, or its error (one of `errors`), on every process."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except errors as error:
+                outcome[1] = (type(error), str(error))
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            kind, message = outcome[1]
+            raise kind(message)
+        return outcome[0]
+
+    def gather_on_main(self, value: T) -> list[T]:
+        """The value of every process, by rank, on the main process; an empty list elsewhere."""
+        gathered: list[Any] | None = [None] * self.world_size if self.is_main else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered or []
 
 
 @contextmanager

@@ -66,6 +66,14 @@ def _use_group_step_adam() -> None:
     distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
+def _write_in_threads() -> None:
+    from xdlm_megatron.parallel import (
+        writers,
+    )  # it imports megatron.core, which the patches above come before
+
+    writers.use_threads()
+
+
 PATCHES = (
     Patch(
         name="import-without-compile",
@@ -87,6 +95,13 @@ PATCHES = (
         versions=">=0.16,<0.20",
         needed=_uses_torch_adam,
         apply=_use_group_step_adam,
+    ),
+    Patch(
+        name="writer-threads",
+        reason="checkpoints are written by helper processes that outlive a kill -9 and die of its signals",
+        versions=">=0.16,<0.20",
+        needed=lambda: True,
+        apply=_write_in_threads,
     ),
 )
 

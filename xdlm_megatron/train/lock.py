@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from xdlm_megatron.checkpoint.save_load import CheckpointError
+from xdlm_megatron.checkpoint.reader import CheckpointError
 from xdlm_megatron.parallel.mesh import Mesh
 
 

@@ -2,38 +2,53 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import torch
 
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, NelboResult
 from xdlm_megatron.tracking.tracker import Tracker
+from xdlm_megatron.train.ending import FINISHED, REQUEUE, STOPPED, Progress, TrainingError
 from xdlm_megatron.train.signals import StopRequest
+from xdlm_megatron.train.spikes import Spike, remember, threshold_of, worst_samples
 from xdlm_megatron.train.state import TrainState
 from xdlm_megatron.train.step import StepResult, TrainStep
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change."""
+class Saver(Protocol):
+    """Checkpoints as the loop sees them (checkpoint/writer.py); collective."""
+
+    is_async: bool
+
+    @property
+    def in_flight(self) -> bool: ...
+
+    @property
+    def is_written(self) -> bool: ...
+
+    def begin(self, state: TrainState) -> None: ...
+
+    def publish(self) -> object: ...
 
 
 @dataclass
 class _Window:
-    """What was seen since the last logged line."""
+    """What was measured since the last logged line."""
 
-    nelbo: torch.Tensor
     started: float = field(default_factory=time.perf_counter)
     num_steps: int = 0
+    num_tokens: int = 0
     grad_norm: float = float("nan")
     lr: float = float("nan")
 
-    def add(self, result: StepResult) -> None:
-        self.nelbo += result.nelbo
+    def add(self, result: StepResult, num_tokens: int) -> None:
         self.num_steps += 1
+        self.num_tokens += num_tokens
         self.grad_norm = result.grad_norm
         self.lr = result.lr
 
@@ -45,51 +60,103 @@ class _Window:
         self.started += time.perf_counter() - before
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the processes tell each other after a step, summed: one small collective."""
+
+    nelbo: float
+    num_tokens: float
+    stop: bool
+    requeue: bool
+    is_writing: bool
+
+
 @dataclass
 class Loop:
     """Runs `step` until the recipe's end or a stop; every process runs it in step with the others.
 
-    save: writes a checkpoint of the current state. peak_flops: of one process's device, for MFU.
+    peak_flops: of one process's device, for MFU. on_spike: called on every process.
     """
 
     step: TrainStep
     evaluator: NelboEvaluator | None
     tracker: Tracker
-    save: Callable[[TrainState], Any]
+    saver: Saver
     peak_flops: float
+    on_spike: Callable[[Spike], None] = lambda spike: None
+    progress: Progress = field(default_factory=Progress)
 
     def run(self, state: TrainState, stop: StopRequest) -> str:
-        """Returns "finished", or "stopped" after a signal or train.stop_after_step. Raises TrainingError."""
-        config, mesh = self.step.config, self.step.mesh
+        """Returns "finished", "stopped" (a signal, train.stop_after_step) or "requeue" (a signal that asks).
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+            SaveError: a checkpoint could not be written.
+        """
+        config = self.step.config
         last_step = config.train.stop_after_step or config.train.num_steps
-        window = self._new_window()
+        window = _Window()
+        seen = None
         while state.step < last_step:
-            window.add(self.step(state))
-            stopping = mesh.any(bool(stop))
+            self.progress.doing = f"step {state.step + 1}"
+            consumed_samples, consumed_tokens = state.consumed_samples, state.consumed_tokens
+            result = self.step(state)
+            window.add(result, state.consumed_tokens - consumed_tokens)
+            seen = self._exchange(result, stop)
+            self._account(state, seen, result, consumed_samples)
+            stopping = seen.stop or seen.requeue
             hopeless = state.skipped_in_a_row >= config.train.max_skipped_steps
             ending = stopping or hopeless or state.step == last_step
             if state.step % config.train.log_interval == 0 or ending:
                 self._log(state, window)
-                window = self._new_window()
-            if hopeless:
-                raise TrainingError(_hopeless(state))
+                window = _Window()
             with window.paused():
+                if self.saver.in_flight and (ending or not seen.is_writing):
+                    self.progress.doing = f"publication of a checkpoint after step {state.step}"
+                    self.saver.publish()
+                if hopeless:
+                    raise TrainingError(_hopeless(state))
                 if state.step % config.evaluation.interval == 0 or (ending and not stopping):
                     self._evaluate(state)
                 if state.step % config.checkpoint.save_interval == 0 or ending:
-                    self.save(state)
+                    self.progress.doing = f"save of step {state.step}"
+                    self.saver.begin(state)
+                    if ending or not self.saver.is_async:
+                        self.saver.publish()
             if stopping:
                 break
-        return "finished" if state.step >= config.train.num_steps else "stopped"
+        if state.step >= config.train.num_steps:
+            return FINISHED
+        return REQUEUE if seen is not None and seen.requeue else STOPPED
 
-    def _new_window(self) -> _Window:
-        return _Window(torch.zeros(2, dtype=torch.float64, device=self.step.mesh.device))
+    def _exchange(self, result: StepResult, stop: StopRequest) -> _Seen:
+        is_writing = self.saver.in_flight and not self.saver.is_written
+        flags = torch.tensor([stop.stop, stop.requeue, is_writing], dtype=torch.float64)
+        mine = torch.cat([result.nelbo, flags.to(result.nelbo.device)])
+        nelbo, num_tokens, *sums = self.step.mesh.reduce_sum(mine).tolist()
+        return _Seen(nelbo, num_tokens, *(bool(value) for value in sums))
+
+    def _account(self, state: TrainState, seen: _Seen, result: StepResult, first_id: int) -> None:
+        """Takes the step's loss into the next line and the recent losses; reports a spike."""
+        state.unlogged[0] += seen.nelbo
+        state.unlogged[1] += seen.num_tokens
+        loss = seen.nelbo / max(seen.num_tokens, 1)
+        factor = self.step.config.train.spike_factor
+        if factor is None or not math.isfinite(loss):
+            return
+        limits = threshold_of(state.recent_losses, factor)
+        if limits is not None and loss > limits[1]:
+            nelbo, num_tokens = self.step.mesh.reduce_sum(result.by_slot)
+            by_slot = nelbo / num_tokens.clamp(min=1)
+            self.on_spike(Spike(state.step, loss, *limits, worst_samples(by_slot, first_id)))
+        remember(state.recent_losses, loss)
 
     def _log(self, state: TrainState, window: _Window) -> None:
-        nelbo_sum, num_tokens = self.step.mesh.reduce_sum(window.nelbo).tolist()
+        nelbo_sum, num_tokens = state.unlogged
+        state.unlogged = [0.0, 0.0]
         seconds = time.perf_counter() - window.started
         derived = self.step.derived
-        tokens_per_second = derived.tokens_per_step * window.num_steps / seconds
+        tokens_per_second = window.num_tokens / seconds
         flops_per_second = tokens_per_second * derived.flops_per_token / derived.world_size
         self.tracker.log(
             state.step,
@@ -110,6 +177,7 @@ class Loop:
     def _evaluate(self, state: TrainState) -> None:
         if self.evaluator is None:
             return
+        self.progress.doing = f"evaluation after step {state.step}"
         ema = self.step.ema
         with ema.applied() if ema is not None else nullcontext():
             result = self.evaluator(self.step.chunks)

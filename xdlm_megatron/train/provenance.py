@@ -28,6 +28,7 @@ FIXED_FIELDS = (
     "lr_schedule",
     "train.num_steps",
     "train.global_batch_size",
+    "train.rampup_batch_size",
 )
 # Where the same data lies, and how its vocabulary is padded, may change with the machine or the layout.
 FREE_FIELDS = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,13 @@ from pathlib import Path
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
-from xdlm_megatron.checkpoint.save_load import (
+from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
     choose_start,
-    list_checkpoints,
     load_checkpoint,
     load_plain_values,
-    save_checkpoint,
 )
+from xdlm_megatron.checkpoint.writer import CheckpointWriter
 from xdlm_megatron.config.derive import Derived, derive, keeps_documents_apart, run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
@@ -34,6 +35,13 @@ from xdlm_megatron.tracking.console import ConsoleTracker
 from xdlm_megatron.tracking.jsonl import JsonlTracker, truncate_after
 from xdlm_megatron.tracking.mlflow import MlflowTracker
 from xdlm_megatron.tracking.tracker import CompositeTracker, NoopTracker, Tracker
+from xdlm_megatron.train.ending import (
+    FINISHED,
+    Progress,
+    failures_explained,
+    forget_outcome,
+    record_outcome,
+)
 from xdlm_megatron.train.lock import locked_run
 from xdlm_megatron.train.loop import Loop
 from xdlm_megatron.train.peak import peak_flops
@@ -46,6 +54,7 @@ from xdlm_megatron.train.provenance import (
     write_recipe,
 )
 from xdlm_megatron.train.signals import catch_stop_signals
+from xdlm_megatron.train.spikes import SPIKES, Spike, append_spike
 from xdlm_megatron.train.state import TrainState
 from xdlm_megatron.train.step import TrainStep
 
@@ -66,20 +75,16 @@ class Run:
     evaluator: NelboEvaluator | None
     kernels: Kernels
 
-    def save(self, state: TrainState) -> Path:
-        """Writes a checkpoint of the run at `state`."""
-        values = self._sharded_state(is_loading=False) | self._plain_values(state)
-        kept = self.config.checkpoint
-        return save_checkpoint(
-            self.folder / CHECKPOINTS, state.step, values, self.mesh, kept.keep_last, kept.keep_every
-        )
+    def state_to_save(self, state: TrainState) -> dict:
+        """What a checkpoint of the run at `state` holds."""
+        return self._sharded_state(is_loading=False) | self._plain_values(state)
 
     def load(self, path: Path) -> TrainState:
         """Takes model, optimizer, schedule and EMA from the checkpoint, whatever layout wrote it."""
         plain = load_plain_values(path)
         if (self.step.ema is not None) and "ema_updates" not in plain:
             raise CheckpointError(f"{path} holds no EMA and optimizer.ema_decay is on; turn it off to go on")
-        values = load_checkpoint(path, self._sharded_state(is_loading=True))
+        values = load_checkpoint(path, self._sharded_state(is_loading=True), self.mesh)
         for index, chunk in enumerate(self.chunks):
             unwrap(chunk).load_state_dict(values[f"model{index}"])
         self.step.optimizer.load_state_dict(values["optimizer"])
@@ -104,6 +109,32 @@ class Run:
         return values
 
 
+class Saver:
+    """Saves a run's state; the rest is the CheckpointWriter's."""
+
+    def __init__(self, run: Run) -> None:
+        kept = run.config.checkpoint
+        self.is_async = kept.async_save
+        self._run = run
+        self._writer = CheckpointWriter(
+            run.folder / CHECKPOINTS, run.mesh, kept.keep_last, kept.keep_every, kept.async_save
+        )
+
+    @property
+    def in_flight(self) -> bool:
+        return self._writer.in_flight
+
+    @property
+    def is_written(self) -> bool:
+        return self._writer.is_written
+
+    def begin(self, state: TrainState) -> None:
+        self._writer.begin(state.step, self._run.state_to_save(state))
+
+    def publish(self) -> None:
+        self._writer.publish()
+
+
 def build_run(config: RunConfig, mesh: Mesh) -> Run:
     """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
     derived = derive(config, mesh.world_size)
@@ -122,7 +153,7 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
 
 
 def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False) -> str:
-    """Trains until the recipe's end, a signal or train.stop_after_step; returns "finished" or "stopped".
+    """Trains until the recipe's end, a signal or train.stop_after_step: "finished", "stopped" or "requeue".
 
     allow_fallback: where the latest checkpoint is damaged, resume from the newest whole one before it.
 
@@ -133,30 +164,53 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
     with ExitStack() as stack:
         stop = stack.enter_context(catch_stop_signals())
         mesh = stack.enter_context(open_mesh_for(config.parallel))
+        progress = Progress()
+        stack.enter_context(failures_explained(progress))
         _check_folder(config, resume)  # at once, and again when nobody else can change the answer
         run = build_run(config, mesh)
         stack.enter_context(locked_run(run.folder, mesh))
         start = _choose_start(config, mesh, resume, allow_fallback)
+        mesh.on_main(lambda: forget_outcome(run.folder))
+        progress.folder = run.folder
+        progress.doing = f"load of {start}"
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
         if mesh.is_main:
-            if start is None:
-                write_recipe(run.folder, config)
-            record_start(run.folder, config, state.step, mesh.world_size)
-            truncate_after(run.folder / METRICS, state.step)
+            _prepare_folder(run, state)
         peak, source = peak_flops(mesh.device, DTYPES[config.precision.dtype])
         if mesh.is_main:
             print(describe(run, state, source), flush=True)
         tracker = _build_tracker(run, state)
         status = "FAILED"
         try:
-            outcome = Loop(run.step, run.evaluator, tracker, run.save, peak).run(state, stop)
-            status = "FINISHED" if outcome == "finished" else "KILLED"
+            loop = Loop(run.step, run.evaluator, tracker, Saver(run), peak, _spike_reporter(run), progress)
+            outcome = loop.run(state, stop)
+            status = "FINISHED" if outcome == FINISHED else "KILLED"
         finally:
             tracker.close(status)
         if mesh.is_main:
+            record_outcome(run.folder, f"{outcome} at step {state.step}")
             print(f"{outcome} at step {state.step}; run folder {run.folder}", flush=True)
         return outcome
+
+
+def _prepare_folder(run: Run, state: TrainState) -> None:
+    """Before the first step, by the main process: every file says what it will say."""
+    (run.folder / CHECKPOINTS).mkdir(exist_ok=True)  # before the recipe: a run without it has lost it
+    if not (run.folder / RECIPE).exists():
+        write_recipe(run.folder, run.config)
+    record_start(run.folder, run.config, state.step, run.mesh.world_size)
+    for name in (METRICS, SPIKES):
+        truncate_after(run.folder / name, state.step)
+
+
+def _spike_reporter(run: Run) -> Callable[[Spike], None]:
+    def report(spike: Spike) -> None:
+        if run.mesh.is_main:
+            append_spike(run.folder, spike)
+            print(spike, file=sys.stderr, flush=True)
+
+    return report
 
 
 def describe(run: Run, state: TrainState, peak_source: str) -> str:
@@ -199,12 +253,14 @@ def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: b
     if not resume:
         return None
     checkpoints = run_folder(config) / CHECKPOINTS
-    start = choose_start(checkpoints, mesh, allow_fallback)
-    if start is None:
-        left = ", ".join(path.name for path in list_checkpoints(checkpoints)) or "none"
+    if not checkpoints.is_dir():
         raise CheckpointError(
-            f"{checkpoints} has no 'latest' (whole checkpoints there: {left}); "
-            "the run never saved: remove the folder to start over"
+            f"{checkpoints} is gone; put it back, or remove the run folder to start the run over"
+        )
+    start = choose_start(checkpoints, mesh, allow_fallback)
+    if start is None and mesh.is_main:
+        print(
+            f"{checkpoints} is empty: the run was interrupted before it saved, and starts again", flush=True
         )
     return start
 

@@ -1,4 +1,8 @@
-"""A first SIGINT or SIGTERM asks the run to save and stop after the step; a second SIGINT ends it at once."""
+"""Signals ask the run to save and end after the step.
+
+SIGINT and SIGTERM: stop. SIGUSR1 and SIGUSR2, which schedulers send ahead of a time limit or a preemption:
+stop, and ask to be started again. A second SIGINT ends at once.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,19 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Set by a signal, read once a step."""
+    """Set by signals, read once a step. A wish to be requeued outlives later signals that only stop."""
 
     def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
+        self.stop = False
+        self.requeue = False
 
     def __bool__(self) -> bool:
-        return self.signal is not None
+        return self.stop or self.requeue
 
 
 @contextmanager
@@ -28,9 +34,12 @@ def catch_stop_signals() -> Iterator[StopRequest]:
     def handle(number: int, frame: types.FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.signal = signal.Signals(number)
+        if number in REQUEUE_SIGNALS:
+            request.requeue = True
+        else:
+            request.stop = True
 
-    before = {number: signal.signal(number, handle) for number in _SIGNALS}
+    before = {number: signal.signal(number, handle) for number in (*STOP_SIGNALS, *REQUEUE_SIGNALS)}
     try:
         yield request
     finally:

@@ -14,7 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
-from xdlm_megatron.config.derive import Derived
+from xdlm_megatron.config.derive import Derived, batch_size_at
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import Batch, NoisedSamples
 from xdlm_megatron.data.sampler import micro_batch_ids, micro_batch_slots
@@ -27,12 +27,20 @@ from xdlm_megatron.train.state import TrainState
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step showed. nelbo: [sum in nats, tokens] counted by this process alone, on its device."""
+    """What one step showed.
 
-    nelbo: Tensor
+    by_slot: float64 [2, global batch], nats and tokens by place in the batch, counted by this process alone.
+    """
+
+    by_slot: Tensor
     grad_norm: float
     lr: float
     skipped: bool
+
+    @property
+    def nelbo(self) -> Tensor:
+        """[sum in nats, tokens] of this process."""
+        return self.by_slot.sum(dim=1)
 
 
 @dataclass
@@ -61,11 +69,13 @@ class TrainStep:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
+        batch_size = batch_size_at(self.config.train, state.consumed_samples)
+        num_microbatches = batch_size // (self.config.train.micro_batch_size * self.mesh.data_parallel_size)
         outputs = run_schedule(
             self.objective.forward_step,
             self.chunks,
-            batches=lambda: self._batches(state),
-            num_microbatches=self.derived.num_microbatches,
+            batches=lambda: self._batches(state.consumed_samples, batch_size, num_microbatches),
+            num_microbatches=num_microbatches,
             micro_batch_size=self.config.train.micro_batch_size,
             seq_length=self.config.data.seq_length,
         )
@@ -84,24 +94,27 @@ class TrainStep:
         lr = self.optimizer.param_groups[0]["lr"]
         self.lr_schedule.step(1)
         state.step += 1
-        state.consumed_samples += self.config.train.global_batch_size
-        state.consumed_tokens += self.derived.tokens_per_step
-        return StepResult(self._sum_and_count(outputs), grad_norm, lr, skipped)
+        state.consumed_samples += batch_size
+        state.consumed_tokens += batch_size * self.config.data.seq_length
+        return StepResult(self._count(outputs, batch_size), grad_norm, lr, skipped)
 
-    def _batches(self, state: TrainState) -> Iterator[Batch]:
-        train, mesh = self.config.train, self.mesh
-        for index in range(self.derived.num_microbatches):
-            place = (index, train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size)
-            ids = micro_batch_ids(state.consumed_samples, *place)
-            yield self.samples.build(ids, micro_batch_slots(*place), train.global_batch_size)
+    def _batches(self, first_id: int, batch_size: int, num_microbatches: int) -> Iterator[Batch]:
+        for index in range(num_microbatches):
+            ids = micro_batch_ids(first_id, *self._place(index))
+            yield self.samples.build(ids, micro_batch_slots(*self._place(index)), batch_size)
 
-    def _sum_and_count(self, outputs: list[dict[str, Tensor]]) -> Tensor:
-        total = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+    def _place(self, index: int) -> tuple[int, int, int, int]:
+        mesh = self.mesh
+        return index, self.config.train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size
+
+    def _count(self, outputs: list[dict[str, Tensor]], batch_size: int) -> Tensor:
+        by_slot = torch.zeros(2, batch_size, dtype=torch.float64, device=self.mesh.device)
         if self.mesh.is_loss_rank:
-            for output in outputs:
-                total[0] += output["nelbo_per_sequence"].double().sum()
-                total[1] += output["tokens_per_sequence"].sum()
-        return total
+            for index, output in enumerate(outputs):
+                slots = torch.from_numpy(micro_batch_slots(*self._place(index)))
+                by_slot[0, slots] = output["nelbo_per_sequence"].double()
+                by_slot[1, slots] = output["tokens_per_sequence"].double()
+        return by_slot
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout's generators restart each step from (seed, step, rank): a resume repeats nothing.

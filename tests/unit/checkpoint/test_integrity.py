@@ -13,7 +13,8 @@ import torch
 
 from xdlm_megatron.checkpoint import integrity
 from xdlm_megatron.checkpoint.integrity import MANIFEST, find_damage, newest_whole, write_manifest
-from xdlm_megatron.checkpoint.save_load import CheckpointError, check_whole, choose_start, save_checkpoint
+from xdlm_megatron.checkpoint.reader import CheckpointError, check_whole, choose_start
+from xdlm_megatron.checkpoint.writer import CheckpointWriter
 from xdlm_megatron.parallel.mesh import Mesh
 
 
@@ -116,7 +117,7 @@ def test_newest_whole_takes_the_first_without_damage(tmp_path: Path, folder: Pat
 def checkpoints(tmp_path: Path, mesh: Mesh) -> Path:
     """Steps 5, 10 and 15 by Megatron's writer; `latest` is 15."""
     for step in (5, 10, 15):
-        save_checkpoint(tmp_path, step, {"train_state": {"step": step}}, mesh, 3)
+        CheckpointWriter(tmp_path, mesh, 3).save(step, {"train_state": {"step": step}})
     return tmp_path
 
 
@@ -190,7 +191,7 @@ def test_tensors_are_protected_too(tmp_path: Path, mesh: Mesh) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     weight = torch.arange(4096, dtype=torch.float32)
-    path = save_checkpoint(tmp_path, 1, {"w": ShardedTensor.from_rank_offsets("w", weight)}, mesh, 1)
+    path = CheckpointWriter(tmp_path, mesh, 1).save(1, {"w": ShardedTensor.from_rank_offsets("w", weight)})
     (file,) = (f for f in path.glob("*.distcp") if f.stat().st_size > 4 * 4096)
     flip_bit(file)
     with pytest.raises(CheckpointError, match=re.escape(f"{file.name}: has changed")):

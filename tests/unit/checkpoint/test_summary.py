@@ -10,8 +10,8 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from xdlm_megatron.checkpoint.integrity import CheckpointError
-from xdlm_megatron.checkpoint.save_load import save_checkpoint
 from xdlm_megatron.checkpoint.summary import list_tensors, load_stats, load_tensor, read_plain_values, stats
+from xdlm_megatron.checkpoint.writer import CheckpointWriter
 from xdlm_megatron.parallel.mesh import Mesh
 
 TENSORS = {
@@ -24,7 +24,7 @@ TENSORS = {
 @pytest.fixture
 def checkpoint(tmp_path: Path, mesh: Mesh) -> Path:
     state = {name: ShardedTensor.from_rank_offsets(name, value) for name, value in TENSORS.items()}
-    return save_checkpoint(tmp_path, 3, {**state, "train_state": {"step": 3}}, mesh, 1)
+    return CheckpointWriter(tmp_path, mesh, 1).save(3, {**state, "train_state": {"step": 3}})
 
 
 def test_tensors_by_part_and_name(checkpoint: Path) -> None:

@@ -25,6 +25,12 @@ WSD = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 11}
 # changes of the recipe, what the message names, what mends it
 CONTRADICTIONS = [
     pytest.param(
+        {"train.rampup_batch_size": [4, 3, 100]},
+        ["train.rampup_batch_size=[4, 3, 100]", "whole increments", "train.global_batch_size=8"],
+        {"train.rampup_batch_size": [4, 2, 100]},
+        id="ramp of batches",
+    ),
+    pytest.param(
         {"model.hidden_size": 30},
         ["model.hidden_size=30", "model.num_attention_heads=4"],
         {"model.kv_channels": 8},

@@ -123,7 +123,7 @@ def test_a_knob_takes_its_own_type_alone(
         wrong.append(None)
     wrong.append([])
     for value in wrong:
-        with pytest.raises(ConfigError, match=rf"(?m)^  {section}(\.kind|\.{name})?: "):
+        with pytest.raises(ConfigError, match=rf"(?m)^  {section}(\.kind|\.{name}(\.\d)?)?: "):
             build_config(changed({section: {**start, name: value}}))
 
 
@@ -165,6 +165,8 @@ def other_values(hint: Any) -> list[Any]:
                 values += [8, 12, 2, 1, 64, 5000]
             case _ if kind is float:
                 values += [0.3, 0.0001, 3]
+            case _ if typing.get_origin(kind) is tuple:
+                values.append((4, 2, 100))
             case _ if kind is str:
                 values += ["12e3", "http://host"]
             case _:

@@ -39,7 +39,7 @@ def reports() -> dict[str, Any]:
 
 @on_cpu
 def test_with_every_patch_each_stage_ends_well() -> None:
-    assert reports()["nothing"] == dict.fromkeys(STAGES, "done") | {"rng_warnings": 0}
+    assert reports()["nothing"] == dict.fromkeys(STAGES, "done") | {"rng_warnings": 0, "helper_processes": 0}
     assert reports()["applied"] == [patch.name for patch in PATCHES]
 
 
@@ -57,6 +57,12 @@ def test_import_without_compile_is_needed() -> None:
 @on_cpu
 def test_tracker_filter_is_needed() -> None:
     assert reports()["tracker-filter"]["rng_warnings"] > 0
+
+
+@on_cpu
+def test_writer_threads_are_needed() -> None:
+    assert reports()["writer-threads"]["helper_processes"] > 0
+    assert reports()["nothing"]["helper_processes"] == 0
 
 
 @on_cpu
@@ -89,7 +95,7 @@ def test_patches_have_names_and_reasons_of_their_own() -> None:
 def test_applying_twice_changes_nothing() -> None:
     finders = list(sys.meta_path)
     methods = torch.Tensor.cuda, torch.Tensor.type, torch.compile
-    assert apply_patches() == ("import-without-compile", "cpu-view", "group-step-adam")
+    assert apply_patches() == tuple(patch.name for patch in PATCHES)
     for patch in PATCHES[1:]:
         patch.apply()
     assert sys.meta_path == finders

@@ -15,7 +15,7 @@ from typing import Any
 
 # torch is imported in functions: Megatron-Core's asynchronous save starts a process that imports this file.
 
-PARTS = ("nothing", "tracker-filter", "tensor-type", "tensor-cuda", "group-step-adam")
+PARTS = ("nothing", "tracker-filter", "tensor-type", "tensor-cuda", "group-step-adam", "writer-threads")
 FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
     "singleton_local_shards": False,
@@ -62,6 +62,14 @@ def leave_out(part: str) -> None:
         torch.Tensor.cuda = torch._C.TensorBase.cuda
     if part == "tracker-filter":
         logging.getLogger("megatron.core.tensor_parallel.random").filters.clear()
+    if part == "writer-threads":
+        from megatron.core.dist_checkpointing.strategies import filesystem_async as upstream
+
+        upstream._get_write_results_queue = upstream._get_write_results_queue.__wrapped__
+        writer = upstream.FileSystemWriterAsync
+        writer.write_preloaded_data_multiproc = staticmethod(
+            writer.write_preloaded_data_multiproc.__wrapped__
+        )
     if part == "group-step-adam":
         optimizer.Adam = distrib_optimizer.Adam = torch.optim.AdamW
         optimizer.USING_PYTORCH_OPTIMIZER = True
@@ -133,6 +141,13 @@ def go_through(report: dict[str, Any]) -> None:
     handler = logging.Handler()
     handler.emit = records.append  # type: ignore[method-assign]
     logging.getLogger().addHandler(handler)
+    started, start = [], multiprocessing.process.BaseProcess.start
+
+    def counted(process: Any) -> None:
+        started.append(process.name)
+        start(process)
+
+    multiprocessing.process.BaseProcess.start = counted  # type: ignore[method-assign]
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
@@ -145,6 +160,7 @@ def go_through(report: dict[str, Any]) -> None:
                 report[name] = f"{type(error).__name__}: {error}"
                 break
     report["rng_warnings"] = sum("CPU RNG state" in record.getMessage() for record in records)
+    report["helper_processes"] = len(started)
 
 
 def in_a_fork(work: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

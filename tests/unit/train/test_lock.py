@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from xdlm_megatron.checkpoint.save_load import CheckpointError
+from xdlm_megatron.checkpoint.reader import CheckpointError
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.train.lock import locked_run
 

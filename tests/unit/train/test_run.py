@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.unit.model.small import small_config
-from xdlm_megatron.checkpoint.save_load import CheckpointError, find_latest
+from xdlm_megatron.checkpoint.reader import CheckpointError, find_latest
 from xdlm_megatron.config.load import ConfigError
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model

@@ -15,7 +15,8 @@ from tests.unit.model.small import small_config
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.tracking.tracker import NoopTracker
-from xdlm_megatron.train.loop import Loop, TrainingError
+from xdlm_megatron.train.ending import TrainingError
+from xdlm_megatron.train.loop import Loop
 from xdlm_megatron.train.run import Run, build_run
 from xdlm_megatron.train.signals import StopRequest
 from xdlm_megatron.train.state import TrainState
@@ -105,6 +106,23 @@ def test_a_non_finite_gradient_changes_no_weight(
     assert any(not torch.equal(p, before[f"weight {i}"]) for i, p in enumerate(weights(run)))
 
 
+class FakeSaver:
+    """Notes the steps that were to be saved."""
+
+    is_async = False
+    in_flight = False
+    is_written = True
+
+    def __init__(self, saved: list[int]) -> None:
+        self.saved = saved
+
+    def begin(self, state: TrainState) -> None:
+        self.saved.append(state.step)
+
+    def publish(self) -> None:
+        """Nothing is in flight."""
+
+
 def test_too_many_in_a_row_end_the_run(tiny_recipe: dict, mesh: Mesh, tmp_path: Path) -> None:
     """Two, a good one, then three: only three in a row are too many, and nothing is saved."""
     train = {"max_skipped_steps": 3, "micro_batch_size": 8}
@@ -112,7 +130,7 @@ def test_too_many_in_a_row_end_the_run(tiny_recipe: dict, mesh: Mesh, tmp_path: 
     poison(run, {1, 2, 4, 5, 6})
     state = TrainState()
     saved: list[int] = []
-    loop = Loop(run.step, None, NoopTracker(), lambda s: saved.append(s.step), peak_flops=1e9)
+    loop = Loop(run.step, None, NoopTracker(), FakeSaver(saved), peak_flops=1e9)
     with pytest.raises(
         TrainingError, match=r"the 3 steps from 5 on .*\(train.max_skipped_steps\).*optimizer.lr"
     ):

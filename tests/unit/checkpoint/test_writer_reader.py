@@ -3,82 +3,93 @@
 from __future__ import annotations
 
 import copy
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import ShardedTensor
+from torch.distributed.checkpoint import CheckpointException
 
 from tests.unit.model.small import small_config
-from xdlm_megatron.checkpoint import save_load
+from xdlm_megatron.checkpoint import writer
 from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
-from xdlm_megatron.checkpoint.save_load import (
+from xdlm_megatron.checkpoint.integrity import find_damage
+from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
     find_latest,
     list_checkpoints,
     load_checkpoint,
     load_plain_values,
-    save_checkpoint,
     step_of,
 )
+from xdlm_megatron.checkpoint.summary import list_tensors, load_tensor
+from xdlm_megatron.checkpoint.writer import CheckpointWriter, SaveError
 from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
 from xdlm_megatron.parallel.mesh import Mesh
 
 
-class FakeWriter:
-    """In the place of Megatron's writer: one file, or an interruption half way."""
+class FakeRequest:
+    """In the place of upstream's planned save: writes one file of two, or is interrupted half way."""
+
+    def __init__(self, state: dict[str, Any], folder: Path, interrupt: BaseException | None) -> None:
+        self.async_fn = self.write
+        self.finalize_fns = [self.finish]
+        self.async_fn_args: tuple = ()
+        self.text, self.folder, self.interrupt = str(state["step"]), folder, interrupt
+
+    def write(self, *_: Any) -> None:
+        (self.folder / "first_half").write_text(self.text)
+
+    def finish(self) -> None:
+        if self.interrupt is not None:
+            raise self.interrupt
+        (self.folder / "second_half").write_text(self.text)
+
+
+class FakeMegatron:
+    """What `dist_checkpointing.save` is in these tests."""
 
     def __init__(self) -> None:
         self.interrupt: BaseException | None = None
         self.folder_seen: list[str] = []
-        self.masks: list[set[int]] = []
 
-    def save(self, state: dict[str, Any], folder: str, *_: Any, **__: Any) -> None:
+    def save(self, state: dict[str, Any], folder: str, *_: Any, **__: Any) -> FakeRequest:
         self.folder_seen = sorted(path.name for path in Path(folder).parent.iterdir())
-        self.masks.append(blocked_signals())
         assert not list(Path(folder).iterdir()), "left-overs of an interruption were not removed"
-        (Path(folder) / "first_half").write_text(str(state["step"]))
-        if self.interrupt is not None:
-            raise self.interrupt
-        (Path(folder) / "second_half").write_text(str(state["step"]))
+        return FakeRequest(state, Path(folder), self.interrupt)
 
 
 @pytest.fixture
-def writer(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeWriter]:
-    fake = FakeWriter()
-    monkeypatch.setattr(save_load.dist_checkpointing, "save", fake.save)
+def megatron(monkeypatch: pytest.MonkeyPatch) -> FakeMegatron:
+    fake = FakeMegatron()
+    monkeypatch.setattr(writer.dist_checkpointing, "save", fake.save)
     return fake
 
 
-def blocked_signals() -> set[int]:
-    return signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-def save(folder: Path, step: int, mesh: Mesh, keep_last: int = 2) -> Path:
-    return save_checkpoint(folder, step, {"step": step}, mesh, keep_last)
+def save(folder: Path, step: int, mesh: Mesh, keep_last: int = 2, keep_every: int | None = None) -> Path:
+    return CheckpointWriter(folder, mesh, keep_last, keep_every).save(step, {"step": step})
 
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in list_checkpoints(folder)]
 
 
-def test_written_aside_then_published(tmp_path: Path, mesh: Mesh, writer: FakeWriter) -> None:
+def test_written_aside_then_published(tmp_path: Path, mesh: Mesh, megatron: FakeMegatron) -> None:
     folder = tmp_path / "checkpoints"
     assert find_latest(folder) is None
     assert names(folder) == []
     path = save(folder, 500, mesh)
-    assert writer.folder_seen == ["step_00000500.tmp"]
+    assert megatron.folder_seen == ["step_00000500.tmp"]
     assert path == folder / "step_00000500" == find_latest(folder)
     assert sorted(p.name for p in folder.iterdir()) == ["latest", "step_00000500"]
     assert (path / "second_half").read_text() == "500"
 
 
 def test_latest_moves_only_after_the_rename(
-    tmp_path: Path, mesh: Mesh, writer: FakeWriter, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1, mesh)
     seen = []
@@ -94,37 +105,81 @@ def test_latest_moves_only_after_the_rename(
     assert find_latest(tmp_path).name == "step_00000002"
 
 
-@pytest.mark.parametrize("interrupt", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
-def test_an_interruption_leaves_what_was_there(
-    tmp_path: Path, mesh: Mesh, writer: FakeWriter, interrupt: BaseException
-) -> None:
+def test_an_interruption_leaves_what_was_there(tmp_path: Path, mesh: Mesh, megatron: FakeMegatron) -> None:
     save(tmp_path, 5, mesh)
-    writer.interrupt = interrupt
-    with pytest.raises(type(interrupt)):
+    megatron.interrupt = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
         save(tmp_path, 10, mesh, keep_last=1)
     assert find_latest(tmp_path) == tmp_path / "step_00000005"
     assert (tmp_path / "step_00000005/second_half").read_text() == "5"
     assert names(tmp_path) == ["step_00000005"], "a .tmp folder is no checkpoint"
     assert (tmp_path / "step_00000010.tmp/first_half").exists()
-    writer.interrupt = None
-    save(tmp_path, 10, mesh, keep_last=1)
-    assert names(tmp_path) == ["step_00000010"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000010"]
+    megatron.interrupt = None
+    save(tmp_path, 15, mesh, keep_last=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "step_00000015"], "left-overs are removed"
 
 
-def test_stop_signals_wait_for_the_writers(tmp_path: Path, mesh: Mesh, writer: FakeWriter) -> None:
-    before = blocked_signals()
-    save(tmp_path, 1, mesh)
-    writer.interrupt = OSError("disk full")
-    with pytest.raises(OSError, match="disk full"):
-        save(tmp_path, 2, mesh)
-    assert all({signal.SIGINT, signal.SIGTERM} <= mask for mask in writer.masks)
-    assert blocked_signals() == before
+def test_a_failed_save_says_what_to_do(tmp_path: Path, mesh: Mesh, megatron: FakeMegatron) -> None:
+    megatron.interrupt = OSError(28, "No space left on device")
+    with pytest.raises(SaveError, match=r"step 5 in .*: No space left on device; make room .* start$"):
+        save(tmp_path, 5, mesh)
+    megatron.interrupt = None
+    save(tmp_path, 5, mesh)
+    megatron.interrupt = CheckpointException("write", {3: (RuntimeError("Worker failure"), None)})
+    with pytest.raises(SaveError, match=r"step 10 .*process 3: Worker failure; .* from step_00000005"):
+        save(tmp_path, 10, mesh)
+    assert names(tmp_path) == ["step_00000005"]
+    assert not (tmp_path / "step_00000010.tmp").exists(), "it holds the room that is missing"
+
+
+def test_one_save_at_a_time(tmp_path: Path, mesh: Mesh, megatron: FakeMegatron) -> None:
+    checkpoints = CheckpointWriter(tmp_path, mesh, 2, is_async=True)
+    assert not checkpoints.in_flight
+    assert checkpoints.publish() is None
+    checkpoints.begin(1, {"step": 1})
+    assert checkpoints.in_flight
+    assert find_latest(tmp_path) is None
+    checkpoints.begin(2, {"step": 2})
+    assert find_latest(tmp_path) == tmp_path / "step_00000001"
+    assert checkpoints.publish() == find_latest(tmp_path) == tmp_path / "step_00000002"
+    assert not checkpoints.in_flight
+    assert checkpoints.is_written
+
+
+def test_an_asynchronous_save_is_of_the_moment_it_began(tmp_path: Path, mesh: Mesh) -> None:
+    weight = torch.arange(1000.0)
+    for step, is_async in ((1, True), (2, False)):
+        checkpoints = CheckpointWriter(tmp_path, mesh, 2, is_async=is_async)
+        checkpoints.begin(step, {"w": ShardedTensor.from_rank_offsets("w", weight)})
+        weight += 1  # as training does
+        checkpoints.publish()
+        path = find_latest(tmp_path)
+        assert find_damage(path) is None
+        (stored,) = list_tensors(path)
+        assert torch.equal(load_tensor(path, stored), torch.arange(1000.0) + step - 1)
+
+
+@pytest.mark.parametrize("step", [3, 2], ids=["an old one", "the one that is replaced"])
+def test_a_removed_checkpoint_is_never_torn_under_its_name(
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    for before in (1, 2):
+        save(tmp_path, before, mesh)
+
+    def killed(path: Path, *_: Any, **__: Any) -> None:
+        next(iter(path.iterdir())).unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, step, mesh)
+    assert names(tmp_path)
+    assert all(find_damage(path) is None for path in list_checkpoints(tmp_path))
 
 
 @pytest.mark.parametrize("keep_last", [1, 3])
 def test_keeps_the_newest_in_the_order_of_steps(
-    tmp_path: Path, mesh: Mesh, writer: FakeWriter, keep_last: int
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron, keep_last: int
 ) -> None:
     steps = [8, 9, 10, 99_999_999, 100_000_000]  # nine digits sort after eight, as numbers
     for step in steps:
@@ -133,16 +188,16 @@ def test_keeps_the_newest_in_the_order_of_steps(
     assert step_of(find_latest(tmp_path)) == 100_000_000
 
 
-def test_multiples_of_keep_every_stay(tmp_path: Path, mesh: Mesh, writer: FakeWriter) -> None:
+def test_multiples_of_keep_every_stay(tmp_path: Path, mesh: Mesh, megatron: FakeMegatron) -> None:
     for step in range(100, 700, 100):
-        save_checkpoint(tmp_path, step, {"step": step}, mesh, 1, keep_every=200)
+        save(tmp_path, step, mesh, 1, keep_every=200)
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [200, 400, 600]
-    save_checkpoint(tmp_path, 650, {"step": 650}, mesh, 1, keep_every=200)
+    save(tmp_path, 650, mesh, 1, keep_every=200)
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [200, 400, 600, 650]
 
 
 def test_going_back_to_an_older_checkpoint_loses_neither_branch(
-    tmp_path: Path, mesh: Mesh, writer: FakeWriter
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron
 ) -> None:
     """`latest` is set back to step 10 by hand: what is saved next is the newest, though not by its step."""
     for step in (10, 20, 30):
@@ -156,7 +211,9 @@ def test_going_back_to_an_older_checkpoint_loses_neither_branch(
     assert [step_of(p) for p in list_checkpoints(tmp_path)] == [18, 20, 30]
 
 
-def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, mesh: Mesh, writer: FakeWriter) -> None:
+def test_a_checkpoint_of_the_same_step_is_replaced(
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron
+) -> None:
     path = save(tmp_path, 7, mesh)
     (path / "stray").write_text("of the first writing")
     save(tmp_path, 7, mesh)
@@ -164,7 +221,7 @@ def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path: Path, mesh: Mesh, w
 
 
 def test_latest_that_names_nothing_is_refused_with_what_is_there(
-    tmp_path: Path, mesh: Mesh, writer: FakeWriter
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron
 ) -> None:
     save(tmp_path, 7, mesh)
     (tmp_path / "latest").write_text("step_00000009\n")
@@ -243,14 +300,14 @@ def test_round_trip_goes_on_with_the_same_bits(distributed: bool, tmp_path: Path
         "train_state": {"step": 4},
         "recipe": {"a": [1, None, "x"]},
     }
-    path = save_checkpoint(tmp_path, 4, whole.state(is_loading=False) | copy.deepcopy(plain), mesh, 1)
+    path = CheckpointWriter(tmp_path, mesh, 1).save(4, whole.state(False) | copy.deepcopy(plain))
 
     found = load_plain_values(path)
     assert {name: found[name] for name in plain} == plain
     resumed = Trainee(mesh, 4, distributed, num_steps=0)
     before = resumed.weights_and_averages()
     assert any(not torch.equal(a, b) for a, b in zip(before, whole.weights_and_averages(), strict=True))
-    resumed.load(load_checkpoint(path, resumed.state(is_loading=True)))
+    resumed.load(load_checkpoint(path, resumed.state(is_loading=True), mesh))
     for trainee in (whole, resumed):
         trainee.update(4)
         trainee.update(5)
@@ -266,11 +323,11 @@ def test_the_vocabulary_may_be_padded_otherwise(
 ) -> None:
     """As when the tensor-parallel size changes: real rows keep their bits, padding gets no garbage."""
     whole = Trainee(mesh, 3, distributed, 4, divisible_by=before)
-    path = save_checkpoint(tmp_path, 4, whole.state(is_loading=False) | {"ema_updates": 4}, mesh, 1)
+    path = CheckpointWriter(tmp_path, mesh, 1).save(4, whole.state(False) | {"ema_updates": 4})
     torch.use_deterministic_algorithms(True)  # which fills new memory with NaN
     try:
         resumed = Trainee(mesh, 4, distributed, 0, divisible_by=after)
-        resumed.load(load_checkpoint(path, resumed.state(is_loading=True)))
+        resumed.load(load_checkpoint(path, resumed.state(is_loading=True), mesh))
     finally:
         torch.use_deterministic_algorithms(False)
     for mine, theirs in zip(resumed.weights_and_averages(), whole.weights_and_averages(), strict=True):

@@ -1,0 +1,107 @@
+"""How a run ended: a file in its folder, and where it failed one line for the whole job."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from errno import EDQUOT, EFBIG, EIO, ENOSPC
+from pathlib import Path
+
+import torch.distributed as dist
+
+from xdlm_megatron.checkpoint.writer import SaveError
+
+OUTCOME = "outcome"
+FINISHED, STOPPED, REQUEUE, FAILED = "finished", "stopped", "requeue", "failed"
+
+_GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer")
+_DISK = (ENOSPC, EDQUOT, EFBIG, EIO, None)  # None: a write that the disk took a part of (tracking/jsonl.py)
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says why and what to change. untold: no process has said so yet."""
+
+    untold = True
+
+
+@dataclass
+class Progress:
+    """What a process is at, for messages. folder: the run's, once its `outcome` is this start's."""
+
+    doing: str = "start"
+    folder: Path | None = None
+
+
+@contextmanager
+def failures_explained(progress: Progress) -> Iterator[None]:
+    """Makes TrainingErrors of a failed save, a full disk or a lost process; a job says once why it ended."""
+    try:
+        yield
+    except Exception as error:
+        explained = _explain(error, progress)
+        if explained is None:
+            raise
+        if progress.folder is not None:
+            explained.untold = record_outcome(progress.folder, f"{FAILED}: {explained}")
+        raise explained from error
+
+
+def _explain(error: Exception, progress: Progress) -> TrainingError | None:
+    if isinstance(error, TrainingError):
+        return error
+    if isinstance(error, SaveError):
+        return TrainingError(str(error))
+    if isinstance(error, OSError) and error.errno in _DISK and progress.folder is not None:
+        return TrainingError(
+            f"{progress.doing}: cannot write to {progress.folder}: {error.strerror or error}; make room or "
+            "mend the disk, then go on by --resume"
+        )
+    return _lost_process(error, progress.doing)
+
+
+def forget_outcome(folder: Path) -> None:
+    (folder / OUTCOME).unlink(missing_ok=True)
+
+
+def record_outcome(folder: Path, text: str) -> bool:
+    """Writes the file `outcome`, whose first word is one of the four above; False where there is one already.
+
+    The first process that fails creates it, so that a job of many says once why it ended.
+    """
+    try:
+        file = os.open(folder / OUTCOME, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    with suppress(OSError):  # on a full disk the file stays empty
+        os.write(file, f"{text}\n".encode())
+    os.close(file)
+    return True
+
+
+def _lost_process(error: Exception, doing: str) -> TrainingError | None:
+    """The error to raise where a collective failed because of another process; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, dist.DistError) and not (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _GLOO)
+    ):
+        return None
+    return TrainingError(
+        f"{doing}: another process has died or does not answer ({_collective(error)}: {_reason(text)}); look "
+        "for its last lines above, then go on by --resume"
+    )
+
+
+def _collective(error: Exception) -> str:
+    """The function that waited for the others."""
+    names = [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+    return next((name for name in reversed(names) if name not in ("wrapper", "wait")), "?")
+
+
+def _reason(text: str) -> str:
+    """The library's words without the place in its sources."""
+    return text.rsplit("] ", 1)[-1][:160].rstrip(". ")
