@@ -163,9 +163,9 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
     """
     with ExitStack() as stack:
         stop = stack.enter_context(catch_stop_signals())
-        mesh = stack.enter_context(open_mesh_for(config.parallel))
         progress = Progress()
         stack.enter_context(failures_explained(progress))
+        mesh = stack.enter_context(open_mesh_for(config.parallel))
         _check_folder(config, resume)  # at once, and again when nobody else can change the answer
         run = build_run(config, mesh)
         stack.enter_context(locked_run(run.folder, mesh))
