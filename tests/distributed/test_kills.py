@@ -73,7 +73,8 @@ def fate(seed: int) -> Fate:
     point = points[seed % len(points)] if seed < len(points) else choose.choice(points)
     deaths = [death(point, choose)]
     if point in OF_A_RESUME:
-        deaths.insert(0, Death("after a step", choose.randint(4, NUM_STEPS), choose.randint(0, 1)))
+        # With a line of metrics behind the checkpoint of step 3.
+        deaths.insert(0, Death("after a step", choose.randint(5, 6), choose.randint(0, 1)))
     elif choose.random() < 0.3:
         deaths.append(death(ANY_TIME, choose))
     return Fate(choose.choice(list(LAYOUTS)), choose.random() < 0.5, tuple(deaths))
