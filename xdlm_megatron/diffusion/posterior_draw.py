@@ -41,9 +41,9 @@ from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE, shard_rows, tiled_shard, winner_of_ranks
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
-TILES_PER_COUNTER = 4
+LANES = 32  # a counter's four words go to four tiles, this many apart: a warp reads tiles side by side
 JUMP_DRAW, TOKEN_DRAW, NOISE_DRAW = 0, 1, 2
-TILE_DRAWS, REFINING_DRAWS = 1 << 30, 1 << 31  # + index of four tiles, + index of a tile
+TILE_DRAWS, REFINING_DRAWS = 1 << 30, 1 << 31  # + index of a counter's tiles, + index of a tile
 REFINE_BELOW = 1 << 12  # words below it get 32 bits more: their share of the law is then right to 3e-9
 
 
@@ -200,12 +200,13 @@ def draw_shard(
 
 def tile_exponentials(counters: Counters, first_tile: int, tiles: int) -> Tensor:
     """The tiles' exponentials, float64 [M, T], a function of each tile's place in the whole vocabulary."""
-    first = first_tile // TILES_PER_COUNTER
-    last = (first_tile + tiles - 1) // TILES_PER_COUNTER
-    four_1G = torch.arange(first, last + 1, device=counters.row_M.device)[None]
-    words_MT = torch.stack(counters.words(TILE_DRAWS + four_1G), -1).flatten(1)
-    begin = first_tile - first * TILES_PER_COUNTER
-    words_MT = words_MT[:, begin : begin + tiles]
+    block = 4 * LANES
+    first, last = first_tile // block, (first_tile + tiles - 1) // block
+    lanes = LANES if last > first else min(LANES, first_tile + tiles - first * block)
+    begin_G, lane_L = (torch.arange(*x, device=counters.row_M.device) for x in ((first, last + 1), (lanes,)))
+    draw_1GL = TILE_DRAWS + (begin_G[:, None] * LANES + lane_L)[None]
+    words_MT = torch.stack(counters.words(draw_1GL), 2).flatten(1)  # [M, G, 4, L]: the tiles in order
+    words_MT = words_MT[:, first_tile - first * block :][:, :tiles]
     low_MT = words_MT.new_full((), 1 << 31)
     if len(fine := (words_MT < REFINE_BELOW).nonzero()):
         row, tile = fine.unbind(1)

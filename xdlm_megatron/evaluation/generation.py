@@ -19,6 +19,7 @@ from torch import Tensor
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.head_nelbo import CHUNK_ELEMENTS
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
 from xdlm_megatron.diffusion.sampler import Denoise, Pick, sample
 from xdlm_megatron.diffusion.schedule import Schedule
 from xdlm_megatron.model.build import unwrap
@@ -66,10 +67,12 @@ def generate(
     prompt_ids: list[int],
     device: torch.device,
     batch_size: int = 16,
+    draw: DrawShard = draw_shard,
 ) -> Samples:
     """Ancestral sampling from the stationary law, with an optional prefix that never changes.
 
-    batch_size: sequences that the network sees at once; a sample does not depend on it.
+    batch_size: sequences that the network sees at once; a sample does not depend on it. draw: what reads the
+    logits.
 
     Raises:
         ValueError: the prompt leaves no free position, or an option is out of range.
@@ -108,6 +111,7 @@ def generate(
             top_p=options.top_p,
             row_id_B=row_B,
             on_step=record,
+            draw=draw,
         )
         batches.append(ids_BS)
     return Samples(torch.cat(batches), snapshots, len(snapshots) - 1)

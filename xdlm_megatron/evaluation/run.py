@@ -54,6 +54,7 @@ def sample(
     noise, schedule = build_noise(config), build_schedule(config.diffusion)
     prompt_ids = tokenizer.encode(options.prompt) if options.prompt else []
     with _restored(config, path, use_ema) as (mesh, chunks, step):
+        kernels = choose_kernels(config.train.kernels, mesh.device)
         samples = generate(
             build_denoiser(chunks, mesh),
             options,
@@ -63,8 +64,10 @@ def sample(
             prompt_ids,
             mesh.device,
             config.train.micro_batch_size,
+            kernels.draw_shard,
         )
         if mesh.is_main:
+            print(f"tokens drawn by {kernels.reason}")
             _report_samples(tokenizer, options, samples, f"{path} (step {step}, {_weights(use_ema)})")
     return samples
 

@@ -6,10 +6,12 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
 from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
 from xdlm_megatron.kernels.build import BuildError
 from xdlm_megatron.kernels.library import KernelError, Library, load_cuda
 from xdlm_megatron.kernels.nelbo import nelbo_row_ops
+from xdlm_megatron.kernels.posterior import posterior_draw
 
 Impl = Literal["auto", "cuda", "reference"]
 
@@ -26,6 +28,11 @@ class Kernels(NamedTuple):
     def row_ops(self) -> RowOps:
         """For the losses of diffusion/."""
         return REFERENCE if self.library is None else nelbo_row_ops(self.library)
+
+    @property
+    def draw_shard(self) -> DrawShard:
+        """For the sampler of diffusion/."""
+        return draw_shard if self.library is None else posterior_draw(self.library)
 
 
 def choose_kernels(impl: Impl, device: torch.device) -> Kernels:

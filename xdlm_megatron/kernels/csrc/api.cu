@@ -4,6 +4,7 @@ const char* xdlm_error(int64_t code) {
   switch (code) {
     case kBadDtype: return "logits must be float32 or bfloat16";
     case kBadShape: return "a size is negative, or the shard has no columns";
+    case kBadBinding: return "the library was built from other sources than its binding";
     case kDoesNotFit: return "a row does not fit into the shared memory of a cluster";
   }
 #if defined(__CUDACC__)

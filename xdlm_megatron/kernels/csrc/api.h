@@ -9,7 +9,7 @@
 enum XdlmDtype { kFloat32 = 0, kBfloat16 = 1 };
 
 // Own error numbers lie above CUDA's.
-enum XdlmError { kBadDtype = 100001, kBadShape = 100002, kDoesNotFit = 100003 };
+enum XdlmError { kBadDtype = 100001, kBadShape = 100002, kDoesNotFit = 100003, kBadBinding = 100004 };
 
 // Rows of logits, one rank's columns [rows, columns] with row_stride elements from row to row, and what the loss
 // knows of their tokens. Column j is the id first_id + j; ids from vocab_size on are padding; mask_id is -1 where
@@ -50,3 +50,24 @@ XDLM_API int xdlm_nelbo_whole(const XdlmRows*, float* loss_N, float* terms_6N, v
                               int64_t cluster, void* stream);
 // Blocks a row needs on the current device: 1, 2, 4 or 8; 0 if it does not fit.
 XDLM_API int64_t xdlm_nelbo_cluster(const XdlmRows*);
+
+// Rows to draw a token from: row index[i] of the logits, at z_t zt[i], for i < rows. Its random numbers are those of
+// the counters (position[i], step, row_id[i], draw) under (seed, stream). floor and last are a nucleus, or null:
+// logits above floor[i], and those equal to it up to the id last[i]. bytes is this structure's size.
+struct XdlmDraw {
+  int64_t bytes;
+  const void* logits;
+  const int64_t* index;
+  const int64_t* zt;
+  const int64_t* position;
+  const int64_t* row_id;
+  const float* floor;
+  const int64_t* last;
+  int64_t rows, columns, row_stride, dtype;
+  int64_t first_id, vocab_size, mask_id;
+  int64_t seed, stream_word, step;
+  double scale;  // log2(e) / temperature
+};
+
+// posterior_draw.py says what it computes: key, id and x of z_t.
+XDLM_API int xdlm_posterior_draw(const XdlmDraw*, double* draw_3M, void* stream);

@@ -13,6 +13,7 @@
 // most threads a block, and optionally least blocks an SM
 #define XDLM_KERNEL(...) __global__ void __launch_bounds__(__VA_ARGS__)
 #define XDLM_UNROLL _Pragma("unroll")
+#define XDLM_ROLLED _Pragma("unroll 1")
 #define XDLM_RESTRICT __restrict__
 #else
 #include "host_shim.h"
@@ -20,6 +21,7 @@
 #define XDLM_DEVICE inline
 #define XDLM_KERNEL(...) void
 #define XDLM_UNROLL
+#define XDLM_ROLLED
 #define XDLM_RESTRICT __restrict__
 #endif
 

@@ -1,0 +1,174 @@
+"""The draw's kernel against its readable twin, and its law against brute force: on the host and on a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from torch import Tensor
+
+from xdlm_megatron.diffusion import posterior_draw as twin
+from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.nucleus import find_nucleus
+from xdlm_megatron.diffusion.posterior import posterior, token_law
+from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard, ReverseStep, draw_shard
+from xdlm_megatron.diffusion.row_ops import Shard
+from xdlm_megatron.diffusion.sampler import Logits
+from xdlm_megatron.kernels.library import Library
+from xdlm_megatron.kernels.posterior import posterior_draw
+
+KEY = (4_000_000_011, Stream.SAMPLE_STEP)
+# vocabulary -> columns of all shards together, the padding included
+PADDED = {250: 256, 1003: 1024, 32003: 32128, 50304: 50304, 131072: 131072}
+
+
+@pytest.fixture(scope="module")
+def draw(library: Library) -> DrawShard:
+    return posterior_draw(library)
+
+
+def make_case(V: int, rows: int, dtype: torch.dtype, device: str, M: int = 0) -> tuple:
+    """(logits with garbage at mask and padding, index, z_t, counters, noise): M draws from `rows` rows."""
+    generator = torch.Generator().manual_seed(V)
+    noise, M = StationaryNoise(0.3, V, V // 3), M or rows
+    logits = 2 * torch.randn(rows, PADDED[V], generator=generator)
+    logits[:, V:] = 50.0
+    logits[:, V // 3] = 60.0
+    index = torch.arange(M) % rows
+    z = torch.randint(V, (M,), generator=generator)
+    z[0] = V // 3
+    counters = Counters(KEY, 5, *(x.to(device) for x in (torch.arange(M), 3_000_000_000 + index)))
+    return logits.to(dtype).to(device), index.to(device), z.to(device), counters, noise
+
+
+def assert_same_draw(got: Tensor, want: Tensor) -> None:
+    assert torch.equal(got[1], want[1]), "ids"
+    torch.testing.assert_close(got[0], want[0], rtol=0, atol=3e-6)
+    torch.testing.assert_close(got[2], want[2], rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("V", "rows", "M"), [(250, 40, 1500), (1003, 20, 200), (32003, 6, 6), (131072, 2, 2)]
+)
+def test_it_draws_the_twin_s_ids(
+    draw: DrawShard, library: Library, V: int, rows: int, M: int, dtype: torch.dtype
+) -> None:
+    logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type, M)
+    for temperature in (1.0, 0.4):
+        arguments = (logits, index, z, counters, Shard(noise), temperature)
+        assert_same_draw(draw(*arguments), draw_shard(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nucleus_and_its_equals(draw: DrawShard, library: Library, dtype: torch.dtype) -> None:
+    """bfloat16 logits have many equals, of which the nucleus has those of the lowest ids."""
+    for V, rows in ((250, 300), (1003, 60)):
+        logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type)
+        for temperature, top_p in ((1.0, 0.9), (2.0, 0.3), (1.0, 1e-6)):
+            nucleus = find_nucleus(logits, index, Shard(noise), temperature, top_p, None)
+            arguments = (logits, index, z, counters, Shard(noise), temperature, nucleus)
+            got = draw(*arguments)
+            assert_same_draw(got, draw_shard(*arguments))
+            law = token_law(logits, noise, temperature, top_p)
+            assert (law.gather(1, got[1].long()[:, None]) > 0).all()
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_slices_of_the_vocabulary_are_the_twin_s(draw: DrawShard, library: Library, tp: int) -> None:
+    """The best of the slices is the whole's, key and all: a tile's number is its place in the vocabulary."""
+    for V in (250, 1003):
+        logits, index, z, counters, noise = make_case(V, 40, torch.bfloat16, library.device_type, 400)
+        whole = draw(logits, index, z, counters, Shard(noise))
+        P = logits.shape[1] // tp
+        shares = torch.stack(
+            [draw(logits[:, r * P : (r + 1) * P], index, z, counters, Shard(noise, r * P)) for r in range(tp)]
+        )
+        key, rank = shares[:, 0].max(0)
+        assert torch.equal(key, whole[0])
+        assert torch.equal(shares[:, 1].gather(0, rank[None])[0], whole[1])
+        assert torch.equal(shares[:, 2].amax(0), whole[2])
+
+
+def test_any_alignment_and_ragged_rows(draw: DrawShard, library: Library) -> None:
+    """Columns that are no multiple of 8, rows that begin anywhere, rows apart."""
+    device = library.device_type
+    noise, index = StationaryNoise(0.3, 45, 44), torch.arange(200, device=device)
+    counters = Counters(KEY, 0, index, index)
+    table = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for logits in (table[:, :45], table[:, 3:50], table[:, 1:].contiguous()[:, :46]):
+            arguments = (logits.to(dtype), index, index % 45, counters, Shard(noise))
+            assert_same_draw(draw(*arguments), draw_shard(*arguments))
+
+
+def test_more_bits_where_the_race_is_won(
+    draw: DrawShard, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that are found to have a word below the bound, where 32 bits more decide."""
+    V, device = 1003, library.device_type
+    rows = torch.arange(60_000, device=device)
+    counters = Counters(KEY, 1, rows, rows * 0)
+    monkeypatch.setattr(twin, "REFINE_BELOW", 0)
+    coarse = twin.tile_exponentials(counters, 0, PADDED[V] // 8)
+    monkeypatch.undo()
+    fine = twin.tile_exponentials(counters, 0, PADDED[V] // 8)
+    row, tile = (coarse != fine).nonzero()[:20].unbind(1)
+    assert len(row) >= 3
+    # all the weight on that tile: its key is -log2 of its exponential
+    logits = torch.full((len(row), PADDED[V]), -1e4, device=device)
+    logits[torch.arange(len(row)), 8 * tile] = 0.0
+    noise, index = StationaryNoise(0.3, V, V - 1), torch.arange(len(row), device=device)
+    got = draw(logits, index, index, counters[row], Shard(noise))
+    torch.testing.assert_close(got[0], -fine[row, tile].log2(), rtol=0, atol=3e-6)
+    assert ((got[0] + coarse[row, tile].log2()).abs() > 1e-5).any()
+
+
+def test_nan_and_nothing(draw: DrawShard, library: Library) -> None:
+    logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
+    logits[1, 77] = torch.nan
+    got = draw(logits, index, z, counters, Shard(noise))
+    assert got[0].isnan().tolist() == [False, True, False, False]
+    assert ((got[1] >= 0) & (got[1] < 250)).all()
+    padding = draw(logits, index, z, counters, Shard(noise, 256))
+    assert padding[0].tolist() == padding[2].tolist() == [-torch.inf] * 4
+    assert draw(logits, index[:0], z[:0], counters[:0], Shard(noise)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8, "temperature": 1.5}])
+def test_steps_draw_from_the_dense_posterior(draw: DrawShard, library: Library, options: dict) -> None:
+    """For z the mask, a likely and an unlikely token."""
+    V, mask, device = 20, 3, library.device_type
+    noise = StationaryNoise(0.3, V, mask)
+    logits = torch.randn(1, V, generator=torch.Generator().manual_seed(1))
+    p = token_law(logits, noise, **options)
+    rates = [torch.tensor(alpha, dtype=torch.float64) for alpha in (0.8, 0.4)]
+    real = logits[0].clone()
+    real[mask] = -torch.inf
+    for z in (mask, int(real.argmax()), int(logits[0].argmin())):
+        zt = torch.full((5, 300), z, device=device)
+        step = ReverseStep(KEY, 2, torch.arange(5, device=device), noise, *rates, **options, draw=draw)
+        zs, undecided = step.settle(zt, torch.ones_like(zt, dtype=torch.bool))
+        output = Logits(logits.to(device).expand(5, 300, -1).contiguous())
+        zs = output.replace(zs, undecided, partial(step.pick, zt))
+        law = posterior(p[None], torch.tensor([[z]]), *(rate[None] for rate in rates), noise)[0, 0]
+        counts = torch.bincount(zs.flatten().cpu(), minlength=V)
+        common = law * zs.numel() >= 5
+        observed = [*counts[common].tolist(), int(counts[~common].sum())]
+        expected = [*(law[common] * zs.numel()).tolist(), float(law[~common].sum()) * zs.numel()]
+        if expected[-1] < 5:
+            observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+        assert chisquare(observed, expected).pvalue > 1e-4
+
+
+def test_tensors_that_it_cannot_take_are_refused(draw: DrawShard, library: Library) -> None:
+    logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
+    with pytest.raises(ValueError, match=r"logits of dtype torch.float16: the kernels take float32 and b"):
+        draw(logits.half(), index, z, counters, Shard(noise))
+    with pytest.raises(ValueError, match="columns must be contiguous"):
+        draw(logits[:, ::2], index, z, counters, Shard(noise))
+    with pytest.raises(ValueError, match="begins at id 100 cuts a tile; pad it to a multiple of 8"):
+        draw(logits, index, z, counters, Shard(noise, 100))
