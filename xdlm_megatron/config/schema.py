@@ -199,7 +199,7 @@ class Train:
     fuse_head: Flag = False
     """Head and loss together, some tokens at a time: the logits of a micro-batch never exist at once."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
-    """Loss and sampling by CUDA kernels (cuda), by PyTorch (reference), or by what the device can run (auto)."""
+    """Loss and sampling by CUDA kernels (cuda), by PyTorch (reference), or by what the GPU can run (auto)."""
     log_interval: PositiveInt = 10
     """Steps between logged lines."""
     max_skipped_steps: PositiveInt = 10

@@ -12,13 +12,13 @@ from xdlm_megatron.kernels import build
 
 pytestmark = pytest.mark.skipif(build.find_cxx() is None, reason="needs g++")
 
-DRIVER = Path(__file__).with_name("sanitize_nelbo.cpp")
-
 
 @pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
-def test_no_sanitizer_complains(sanitizers: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["nelbo", "posterior"])
+def test_no_sanitizer_complains(what: str, sanitizers: str, tmp_path: Path) -> None:
     program = str(tmp_path / "driver")
-    sources = [str(DRIVER), *map(str, sorted(build.CSRC.glob("nelbo*.cu"))), str(build.CSRC / "api.cu")]
+    driver = Path(__file__).with_name(f"sanitize_{what}.cpp")
+    sources = [str(driver), *map(str, sorted(build.CSRC.glob(f"{what}*.cu"))), str(build.CSRC / "api.cu")]
     flags = [
         "-x",
         "c++",

@@ -1,0 +1,86 @@
+// Draws from small inputs in heap blocks of exactly their size, for a build with sanitizers. The row before the first
+// that is drawn from is not there: reading it is out of bounds.
+#include <math.h>
+#include <stdio.h>
+#include <memory>
+#include <vector>
+#include "api.h"
+
+namespace {
+
+constexpr int64_t kRows = 3;
+int failures = 0;
+
+void expect(bool holds, const char* what, int64_t columns, int64_t dtype) {
+  if (holds) return;
+  printf("%s: columns %d, dtype %d\n", what, int(columns), int(dtype));
+  ++failures;
+}
+
+uint16_t bfloat16(float x) {
+  union {
+    float f;
+    uint32_t bits;
+  } u{x};
+  return uint16_t(u.bits >> 16);
+}
+
+// Rows [1, kRows] of a shard whose first id is `first`, one number for each id.
+std::unique_ptr<unsigned char[]> logits(int64_t first, int64_t columns, int64_t dtype) {
+  std::unique_ptr<unsigned char[]> block(new unsigned char[size_t(kRows * columns) * (dtype == kFloat32 ? 4 : 2)]);
+  for (int64_t row = 0; row < kRows; ++row)
+    for (int64_t j = 0; j < columns; ++j) {
+      const float x = 3.f * sinf(float((first + j) * 7 + row * 13 + 1));
+      if (dtype == kFloat32)
+        reinterpret_cast<float*>(block.get())[row * columns + j] = x;
+      else
+        reinterpret_cast<uint16_t*>(block.get())[row * columns + j] = bfloat16(x);
+    }
+  return block;
+}
+
+std::vector<double> draw(int64_t first, int64_t columns, int64_t vocab, int64_t dtype, bool nucleus) {
+  const std::vector<int64_t> index{3, 1, 2, 2}, zt{vocab - 1, 3, 0, vocab - 2}, position{0, 5, 6, 7}, row_id{9, 9, 4, 4};
+  const std::vector<float> floor(4, 1.f);
+  const std::vector<int64_t> last(4, -1);
+  const int64_t M = int64_t(index.size());
+  const auto block = logits(first, columns, dtype);
+  const unsigned char* before = block.get() - columns * (dtype == kFloat32 ? 4 : 2);
+  const XdlmDraw what{sizeof(XdlmDraw), before, index.data(), zt.data(), position.data(), row_id.data(),
+                      nucleus ? floor.data() : nullptr, nucleus ? last.data() : nullptr, M, columns, columns, dtype,
+                      first, vocab, vocab - 1, 11, 5, 2, 1.4426950408889634};
+  std::vector<double> out(size_t(3 * M));
+  expect(xdlm_posterior_draw(&what, out.data(), nullptr) == 0, "draw", columns, dtype);
+  return out;
+}
+
+void check(int64_t columns, int64_t dtype, bool nucleus) {
+  const int64_t vocab = columns - 2;  // the mask is the last id; two columns of padding
+  const auto whole = draw(0, columns, vocab, dtype, nucleus);
+  for (int i = 0; i < 4; ++i)
+    expect(isfinite(whole[i]) && whole[4 + i] >= 0 && whole[4 + i] < double(vocab - 1), "a token", columns, dtype);
+  expect(whole[8] == -INFINITY, "the mask has no logit", columns, dtype);
+  if (columns % 16) return;
+  const auto left = draw(0, columns / 2, vocab, dtype, nucleus), right = draw(columns / 2, columns / 2, vocab, dtype, nucleus);
+  for (int i = 0; i < 4; ++i) {
+    const auto& best = left[i] >= right[i] ? left : right;
+    expect(best[i] == whole[i] && best[4 + i] == whole[4 + i], "slices", columns, dtype);
+    expect(fmax(left[8 + i], right[8 + i]) == whole[8 + i], "the logit of z", columns, dtype);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (int64_t columns : {5, 45, 64, 1031, 2064})
+    for (int64_t dtype : {kFloat32, kBfloat16})
+      for (bool nucleus : {false, true}) check(columns, dtype, nucleus);
+  XdlmDraw bad{};
+  expect(xdlm_posterior_draw(&bad, nullptr, nullptr) == kBadBinding, "another binding", 0, 0);
+  bad.bytes = sizeof bad;
+  expect(xdlm_posterior_draw(&bad, nullptr, nullptr) == kBadShape, "no columns", 0, 0);
+  bad.dtype = 7;
+  expect(xdlm_posterior_draw(&bad, nullptr, nullptr) == kBadDtype, "no such dtype", 0, 0);
+  if (failures == 0) printf("all sound\n");
+  return failures != 0;
+}
