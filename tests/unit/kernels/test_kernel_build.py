@@ -24,7 +24,8 @@ MOST_REGISTERS = {
     "finish_kernel": 64,
     "posterior_draw_kernel": 80,  # 24 warps, every lane with four vectors on the way
 }
-MOST_REGISTERS_SM_80 = {name: 64 for name in MOST_REGISTERS} | {"sums_kernel": 40, "posterior_draw_kernel": 80}
+MOST_REGISTERS_SM_80 = {name: 64 for name in MOST_REGISTERS} | {"sums_kernel": 40}
+MOST_REGISTERS_SM_80["posterior_draw_kernel"] = MOST_REGISTERS["posterior_draw_kernel"]
 
 
 @needs_nvcc
