@@ -1,0 +1,112 @@
+#!/bin/bash
+# The body of every slurm/pretrain_*.sh: trains a recipe inside a Slurm job, saves before the time limit and
+# goes on in the same run folder and the same MLflow run when Slurm starts the job again.
+#
+#   slurm/run_recipe.sh RECIPE [section.field=value ...]
+#
+# One task is one process (on GPUs: one GPU). Environment, all of it optional:
+#   XDLM_PYTHON        interpreter (default: .venv/bin/python where it exists, else python3)
+#   XDLM_CONTAINER     image: a .sif runs by apptainer, anything else by pyxis (srun --container-image)
+#   XDLM_MOUNTS        what the container sees beside this folder, SOURCE:TARGET[,...]
+#   XDLM_CHECK         1: collectives between all processes first (slurm/nccl_check.sh); default: on several nodes
+#   XDLM_MAX_RESTARTS  requeues of one job before it gives up (default 100)
+#
+# Exit status: 0 finished or stopped as asked, 1 failed, 2 the recipe or the data, else Slurm's.
+set -euo pipefail
+
+say() { echo "run_recipe: $*"; }
+fail() { # STATUS MESSAGE...
+    echo "run_recipe: error: ${*:2}" >&2
+    exit "$1"
+}
+
+(($# >= 1)) || fail 2 "no recipe; call it as slurm/run_recipe.sh RECIPE [section.field=value ...]"
+[[ -n ${SLURM_JOB_ID:-} ]] || fail 2 "this is no Slurm job; start it by sbatch, or train by torchrun"
+python=${XDLM_PYTHON:-}
+if [[ -z $python ]]; then
+    python=python3
+    [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python
+fi
+restart=${SLURM_RESTART_COUNT:-0}
+
+in_container=()
+srun=(srun --label --wait=300 --kill-on-bad-exit=0)
+case ${XDLM_CONTAINER:-} in
+    "") ;;
+    *.sif) in_container=(apptainer exec --nv --bind "$PWD${XDLM_MOUNTS:+,$XDLM_MOUNTS}" "$XDLM_CONTAINER") ;;
+    *)
+        srun+=(--container-image="$XDLM_CONTAINER" --container-workdir="$PWD" --no-container-mount-home)
+        srun+=(--container-mounts="$PWD:$PWD${XDLM_MOUNTS:+,$XDLM_MOUNTS}")
+        ;;
+esac
+
+# The recipe first: a mistake in it must not cost the start of a thousand processes. One task of the job reads it,
+# in the container if there is one.
+folder=$("${srun[@]/--label/--quiet}" --nodes=1 --ntasks=1 "${in_container[@]}" "$python" -c '
+import sys
+from xdlm_megatron.config.derive import derive, run_folder
+from xdlm_megatron.config.load import load_recipe
+try:
+    config = load_recipe(sys.argv[2], sys.argv[3:])
+    derive(config, int(sys.argv[1]))
+except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+print(run_folder(config))
+' "$SLURM_NTASKS" "$@") || fail 2 "$1 cannot run on $SLURM_NTASKS processes, see above"
+
+# A run folder that exists is this run's: whoever submits again, or Slurm after a requeue, goes on. Another recipe
+# in the same folder is refused by --resume itself.
+resume=()
+[[ -e $folder/recipe.yaml ]] && resume=(--resume)
+say "job $SLURM_JOB_ID, start $((restart + 1)), $SLURM_NTASKS processes on $SLURM_JOB_NODELIST, run folder $folder"
+
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000)) # another one each start: the old may linger
+export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS
+# shellcheck disable=SC2016  # for the task's shell, which knows its place
+as_rank=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank)
+
+if [[ ${XDLM_CHECK:-$((SLURM_JOB_NUM_NODES > 1))} == 1 ]]; then
+    "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" tools/check_collectives.py ||
+        fail 1 "the processes do not reach each other, see above; exclude the node it names: sbatch --exclude=NODE"
+fi
+
+# The time limit (sbatch --signal=B:USR1@SECONDS) and `scancel --batch --signal=USR1 JOB` reach this shell, which
+# passes them on: the processes save and end.
+rm -f "$folder/outcome" # an earlier start's
+asked=""
+# shellcheck disable=SC2317  # the trap calls it
+ask() {
+    asked=yes
+    say "asked to save and be requeued"
+    kill -USR1 "$training" 2>/dev/null || true
+}
+trap ask USR1
+trap 'say "asked to stop"' TERM # Slurm has told the processes itself
+"${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" -m xdlm_megatron train "$@" "${resume[@]}" &
+training=$!
+status=0
+while true; do # a signal ends a wait, not the training
+    wait "$training" && status=0 || status=$?
+    kill -0 "$training" 2>/dev/null || break
+done
+
+outcome=""
+[[ -s $folder/outcome ]] && read -r outcome _ <"$folder/outcome"
+case $outcome in
+    finished | stopped)
+        say "$(cat "$folder/outcome")"
+        exit 0
+        ;;
+    failed)
+        fail 1 "$(cat "$folder/outcome")"
+        ;;
+esac
+# `requeue`, or the signal came before training could answer it: then nothing was lost either.
+if [[ $outcome == requeue || -n $asked ]]; then
+    ((restart < ${XDLM_MAX_RESTARTS:-100})) || fail 1 "restarted $restart times (XDLM_MAX_RESTARTS); look why"
+    say "${outcome:-not started}; requeues"
+    exec scontrol requeue "$SLURM_JOB_ID"
+fi
+fail "$((status ? status : 1))" "training ended without a word (srun: $status); look for its last lines above"
