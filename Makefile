@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart test check test-unit test-distributed bench ui clean
+.PHONY: help quickstart test check test-unit test-distributed test-slurm bench ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -25,10 +25,16 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 	@for recipe in examples/*.yaml; do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
 
 test-unit: $(VENV)/.installed-dev  ## proofs of the maths and unit tests
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slurm"
 
 test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
 	$(BIN)/python -m pytest -m distributed
+
+test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ on a real Slurm, which root installs by apt-get
+	@command -v slurmctld munged shellcheck > /dev/null || \
+	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends slurm-wlm munge shellcheck; }
+	shellcheck slurm/*.sh
+	$(BIN)/python -m pytest -m slurm
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
