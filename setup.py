@@ -21,6 +21,7 @@ INSTALL_REQUIRES = [
     "megatron-core>=0.16,<0.20",  # tested with 0.16.1 alone, the last release for Python 3.11
     "torch>=2.6,<2.14",  # tested with 2.13.0 alone; Megatron-Core needs 2.6
     "numpy>=1.26",
+    "scipy>=1.11",
     "psutil>=5",  # Megatron-Core needs it to write checkpoints and does not ask for it
     "pydantic>=2.7,<3",
     "pyyaml>=6",
@@ -87,7 +88,6 @@ EXTRAS_REQUIRE = {
         "import-linter>=2.1",
         "codespell>=2.3",
         "pre-commit>=4",
-        "scipy>=1.11",
         "types-PyYAML",
         "types-tqdm",
     ],

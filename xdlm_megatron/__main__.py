@@ -122,6 +122,23 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def _fit(options: argparse.Namespace) -> int:
+    from xdlm_megatron.scaling.fit import Options
+    from xdlm_megatron.scaling.run import Sources, run
+
+    sources = Sources(
+        runs=options.runs,
+        table=options.points,
+        mlflow=options.mlflow,
+        experiment=options.experiment,
+        count=options.count,
+        metric=options.metric,
+    )
+    fitting = Options(options.draws, options.level, options.seed, tuple(options.flops))
+    run(sources, fitting, Path(options.output))
+    return 0
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether this package raised it: what others raise is a bug, and needs its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -136,13 +153,13 @@ def _fail(message: str) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Overrides may stand before and behind options."""
+    """Overrides (of `fit`: run folders) may stand before and behind options."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     unknown = [argument for argument in rest if argument.startswith("-")]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    options.overrides += rest
+    (options.runs if options.verb == "fit" else options.overrides).extend(rest)
     return options
 
 
@@ -165,6 +182,9 @@ _COUNT = _number(int, "a whole number of at least 1", lambda n: n >= 1)
 _SEED = _number(int, "a whole number in [0, 2^32)", lambda n: 0 <= n < 2**32)
 _TEMPERATURE = _number(float, "above 0; --final greedy takes the likeliest", lambda x: 0 < x < float("inf"))
 _TOP_P = _number(float, "in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1)
+_DRAWS = _number(int, "a whole number of at least 20", lambda n: n >= 20)
+_LEVEL = _number(float, "in (0, 1)", lambda x: 0 < x < 1)
+_FLOPS = _number(float, "a positive number of FLOPs, such as 1e21", lambda x: 0 < x < float("inf"))
 _FRAMES = _number(int, "0, or at least 2: the start and the end", lambda n: n == 0 or n >= 2)
 
 
@@ -206,7 +226,37 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
         if name == "sample":
             _add_sample_options(added)
+    _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser
+
+
+_FIT = "Fit L(N, D), iso-FLOP valleys and the frontier to finished runs; each uniform_ratio on its own."
+
+
+def _add_fit(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=_fit)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders, or folders of them")
+    parser.add_argument("--points", metavar="FILE.csv", help="columns params, tokens, loss [flops, run, ...]")
+    parser.add_argument(
+        "--mlflow", metavar="URI", help="an MLflow store: sqlite:///runs/mlflow.db, https://..."
+    )
+    parser.add_argument("--experiment", default="xdlm", help="of the MLflow store (default xdlm)")
+    parser.add_argument("--output", default="scaling_fit", help="folder of the report (default scaling_fit)")
+    parser.add_argument(
+        "--count",
+        choices=("total", "non-embedding"),
+        default="total",
+        help="what N counts (default total); a table's params are taken as they are",
+    )
+    parser.add_argument(
+        "--metric", default="eval/valid/nelbo_per_token", help="held-out loss of a run (default %(default)s)"
+    )
+    parser.add_argument("--draws", type=_DRAWS, default=500, help="bootstrap draws (default 500)")
+    parser.add_argument("--level", type=_LEVEL, default=0.9, help="of the intervals (default 0.9)")
+    parser.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
+    parser.add_argument(
+        "--flops", type=_FLOPS, nargs="+", default=[], help="further budgets to predict N, D and loss at"
+    )
 
 
 def _add_sample_options(parser: argparse.ArgumentParser) -> None:

@@ -1,0 +1,127 @@
+"""Data that do not support an exponent are told so, each for its own reason; sound data are not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tests.unit.scaling.synthetic import QUOKKA, draw_runs
+from xdlm_megatron.scaling import law
+from xdlm_megatron.scaling.fit import VALLEYS, Estimate, Options, fit_series
+from xdlm_megatron.scaling.points import Point
+from xdlm_megatron.scaling.verdict import Verdict, judge
+
+ITS_VALLEYS = f"N_opt by {VALLEYS}"
+THETA = law.to_theta(*QUOKKA)
+
+
+def runs(pairs: list[tuple[float, float]], noise: float = 0.002) -> list[Point]:
+    rng = np.random.default_rng(0)
+    return [
+        Point(
+            f"run{i}",
+            n,
+            d,
+            float(law.loss(THETA, np.array(n), np.array(d))) * float(np.exp(noise * rng.standard_normal())),
+            6 * n * d,
+        )
+        for i, (n, d) in enumerate(pairs)
+    ]
+
+
+def grid(sizes: list[float], tokens: list[float]) -> list[Point]:
+    return runs([(n, d) for n in sizes for d in tokens])
+
+
+def verdict(points: list[Point]) -> Verdict:
+    return judge(fit_series(points, Options(draws=60)))
+
+
+def test_a_sound_design_supports_everything() -> None:
+    found = verdict(draw_runs(0))
+    assert found.unsupported == {}
+    assert [remark for remark in found.remarks if "10 times the largest budget" not in remark] == []
+
+
+@pytest.mark.parametrize(
+    ("make", "exponents", "reason"),
+    [
+        (lambda: draw_runs(0)[:5], ["alpha", "beta", "N_opt"], "5 runs; the law has five coefficients"),
+        (
+            lambda: grid([1e8, 1e9], [1e9, 4e9, 16e9, 64e9]),
+            ["alpha", "N_opt"],
+            "only 2 different sizes; a power law above a floor needs at least 3",
+        ),
+        (
+            lambda: grid([1e8, 4e8, 16e8, 64e8], [1e9, 16e9]),
+            ["beta", "N_opt"],
+            "only 2 different token counts",
+        ),
+        (
+            lambda: grid([1e8, 1.4e8, 2e8], [1e9, 4e9, 16e9, 64e9]),
+            ["alpha"],
+            "the sizes span a factor 2 only",
+        ),
+        (
+            lambda: runs([(n, 20 * n) for n in np.geomspace(1e7, 1e10, 12)]),
+            ["alpha", "beta", "N_opt"],
+            "N and D move together (correlation of their logarithms 1.000)",
+        ),
+        (
+            lambda: runs([(n, 20 * n) for n in np.geomspace(1e7, 1e10, 12)]),
+            ["alpha", "beta"],
+            "the Hessian is degenerate",
+        ),
+        (lambda: draw_runs(0, noise=0.05), ["beta"], "its interval spans"),
+        (
+            lambda: draw_runs(0, noise=0.0, truth=(2.0, 3e15, 4605, 2.2, 0.378), half_width=0.3),
+            ["alpha"],
+            "the best alpha is 1.5, the edge of what is allowed",
+        ),
+        (lambda: draw_runs(0, budgets=(1e18, 2e18, 4e18)), ["N_opt"], "FLOPs span a factor 4 only"),
+        (
+            lambda: draw_runs(0, budgets=(1e18, 1e20)),
+            [ITS_VALLEYS],
+            "2 of 2 budgets with a minimum among the sizes; a power law needs 3",
+        ),
+        (
+            lambda: [p for p in draw_runs(0) if float(p.run.partition("/")[2]) < -0.1],
+            [ITS_VALLEYS],
+            "0 of 6 budgets with a minimum among the sizes",
+        ),
+        (
+            lambda: runs(
+                [(n, d) for n, d in zip(np.geomspace(1e7, 2e9, 9), [1e9, 9e9, 3e10] * 3, strict=True)]
+            ),
+            [ITS_VALLEYS],
+            "no two sizes share a FLOPs budget",
+        ),
+    ],
+)
+def test_what_is_missing_is_named(make: Callable[[], list[Point]], exponents: list[str], reason: str) -> None:
+    found = verdict(make())
+    for exponent in exponents:
+        assert not found.supports(exponent)
+        assert any(reason in said for said in found.unsupported[exponent]), found.unsupported
+
+
+def test_a_run_far_from_the_law_is_named() -> None:
+    points = draw_runs(0)
+    bad = points[10]
+    points[10] = Point(bad.run, bad.params, bad.tokens, 1.2 * bad.loss, bad.flops)
+    (remark,) = [r for r in verdict(points).remarks if r.startswith("far from the law")]
+    assert f"{bad.run} (+18" in remark  # ln 1.2 = 18.2 %
+    assert remark.count("%") == 1
+
+
+def test_methods_that_disagree_are_named() -> None:
+    fit = fit_series(draw_runs(0), Options(draws=60))
+    fit.valleys = dataclasses.replace(fit.valleys, opt_exponent=Estimate(0.6, (0.58, 0.62)))
+    (remark,) = [r for r in judge(fit).remarks if "disagree" in r]
+    assert "huber 0.50" in remark
+    assert "valleys 0.600" in remark
+    fit.valleys = dataclasses.replace(fit.valleys, opt_exponent=Estimate(0.6, (0.4, 0.62)))
+    assert not any("disagree" in r for r in judge(fit).remarks)

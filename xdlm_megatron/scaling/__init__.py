@@ -1,0 +1,1 @@
+"""Scaling laws of finished runs: collect them, fit, draw, report. No torch."""
