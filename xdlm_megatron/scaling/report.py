@@ -312,6 +312,7 @@ def _inline_svg(name: str, svg: str) -> str:
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'(<image\b[^>]*?) id="[^"]*"', r"\1", svg)  # equal colour bars would share one
     for colour, themed in _THEMED.items():
         svg = re.sub(rf"((?:fill|stroke): ?){colour}\b", rf"\g<1>{themed}", svg)
     svg = re.sub(r"<text(?![^>]*fill:)([^>]*style=\")", r"<text\1fill: var(--ink); ", svg)

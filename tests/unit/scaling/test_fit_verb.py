@@ -77,7 +77,10 @@ class _Page(HTMLParser):
         self.tags.append(tag)
         for name, value in attrs:
             if name in ("src", "href", "xlink:href") and value:
-                (self.used if value.startswith("#") else self.asks).append(value)
+                if value.startswith("#"):
+                    self.used.append(value)
+                elif not value.startswith("data:image/png;base64,"):  # the colour bar
+                    self.asks.append(value)
             if name == "id" and value:
                 self.ids.append(value)
 

@@ -93,9 +93,7 @@ def test_a_sound_design_supports_everything() -> None:
             "0 of 6 budgets with a minimum among the sizes",
         ),
         (
-            lambda: runs(
-                [(n, d) for n, d in zip(np.geomspace(1e7, 2e9, 9), [1e9, 9e9, 3e10] * 3, strict=True)]
-            ),
+            lambda: runs([(1e7 * 2**i, 1e9 * 2 ** (i * i % 7)) for i in (0, 1, 3, 4, 6, 8, 9)]),
             [ITS_VALLEYS],
             "no two sizes share a FLOPs budget",
         ),
@@ -121,7 +119,7 @@ def test_methods_that_disagree_are_named() -> None:
     fit = fit_series(draw_runs(0), Options(draws=60))
     fit.valleys = dataclasses.replace(fit.valleys, opt_exponent=Estimate(0.6, (0.58, 0.62)))
     (remark,) = [r for r in judge(fit).remarks if "disagree" in r]
-    assert "huber 0.50" in remark
+    assert "huber 0.49" in remark
     assert "valleys 0.600" in remark
     fit.valleys = dataclasses.replace(fit.valleys, opt_exponent=Estimate(0.6, (0.4, 0.62)))
     assert not any("disagree" in r for r in judge(fit).remarks)
