@@ -2,11 +2,13 @@
 
 `eager` multiplies hidden states and head weight and evaluates the authors' plain loss under autograd
 (loss_reference.py). `logits` multiplies likewise and takes vocab_parallel_nelbo, which writes the gradient
-over the logits: what training does by default. `fused` is head_nelbo: train.fuse_head. Each measurement runs
-in a process of its own, all forms in turn; memory is the peak above what the process holds once its inputs
-exist, the gradients of hidden states and weight included.
+over the logits: train.fuse_head=false. `fused` is head_nelbo: train.fuse_head=true. `summed` is the same with
+the weight's gradient added to a float32 sum that exists, as under Megatron's data-parallel wrapper, which
+the others would do afterwards. Each measurement runs in a process of its own, all forms in turn; memory is
+the peak above what the process holds once its inputs exist, the gradients of hidden states and weight
+included.
 
-    python benchmarks/head_loss.py --tokens 2048 --dtypes float32 bfloat16
+    python benchmarks/head_loss.py --dtypes float32 bfloat16
 """
 
 import argparse
@@ -24,9 +26,11 @@ from tqdm import tqdm
 
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import RowOps
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
+from xdlm_megatron.kernels.dispatch import choose_kernels
 
-IMPLS = ("eager", "logits", "fused")
+IMPLS = ("eager", "logits", "fused", "summed")
 
 
 def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, tuple]:
@@ -44,14 +48,16 @@ def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor,
     return hidden, weight, (noise.corrupt(x0, rates[0], (0, 1), counter), x0, *rates, noise)
 
 
-def run_step(impl: str, hidden: Tensor, weight: Tensor, rest: tuple) -> float:
-    """Loss and gradients once; returns the sum of the loss."""
+def run_step(
+    impl: str, ops: RowOps, hidden: Tensor, weight: Tensor, rest: tuple, total: Tensor | None
+) -> float:
+    """Loss and gradients once; returns the sum of the loss. total: `summed`'s sum of weight gradients."""
     if impl == "eager":
         loss = plain_nelbo(hidden @ weight.t(), *rest).sum()
     elif impl == "logits":
-        loss = vocab_parallel_nelbo(hidden @ weight.t(), *rest, grad_in_place=True).sum()
+        loss = vocab_parallel_nelbo(hidden @ weight.t(), *rest, grad_in_place=True, ops=ops).sum()
     else:
-        loss = head_nelbo(hidden, weight, *rest).sum()
+        loss = head_nelbo(hidden, weight, *rest, ops=ops, main_grad_PH=total).sum()
     loss.backward()
     hidden.grad = weight.grad = None
     return loss.item()
@@ -61,21 +67,25 @@ def measure(args: argparse.Namespace) -> dict:
     """One form, in this process: the first step gives the memory, the others the time."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
+    ops = choose_kernels("auto", device).row_ops
+
+    def inputs_of(sizes: argparse.Namespace) -> tuple:
+        hidden, weight, rest = make_inputs(sizes, device)
+        total = torch.zeros(weight.shape, device=device) if args.impl == "summed" else None
+        return args.impl, ops, hidden, weight, rest, total
+
     # A tiny step first, so that lazily loaded libraries do not count as the loss's memory.
-    run_step(
-        args.impl,
-        *make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64}), device),
-    )
-    inputs = make_inputs(args, device)
+    run_step(*inputs_of(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64})))
+    inputs = inputs_of(args)
     baseline = memory_mib(device, peak=False)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    run_step(args.impl, *inputs)
+    run_step(*inputs)
     peak = memory_mib(device, peak=True)
     seconds = []
     for _ in range(args.repeats):
         start = time.perf_counter()
-        loss = run_step(args.impl, *inputs)
+        loss = run_step(*inputs)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -93,7 +103,7 @@ def spawn(args: argparse.Namespace, case: dict) -> dict:
 
 
 def report(args: argparse.Namespace, rows: list[dict]) -> str:
-    """The results as Markdown; ratios are to `eager` of the same dtype."""
+    """The results as Markdown; ratios are to the first form of the same dtype."""
     lines = [
         "# Output head, loss and gradients: fused against the paper's loss on whole logits",
         "",
@@ -109,7 +119,7 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        base = next(r for r in rows if (r["dtype"], r["impl"]) == (row["dtype"], "eager"))
+        base = next(r for r in rows if r["dtype"] == row["dtype"])
         lines.append(
             f"| {row['dtype']} | {row['impl']} | {row['seconds']:.2f} | {row['peak_mib']:.0f} "
             f"| {row['seconds'] / base['seconds']:.2f} | {row['peak_mib'] / base['peak_mib']:.3f} |"
@@ -132,6 +142,9 @@ def main() -> None:
     parser.add_argument(
         "--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of hidden and weight"
     )
+    parser.add_argument(
+        "--impls", nargs="+", choices=IMPLS, default=IMPLS, help="the first is the base of ratios"
+    )
     parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results/DEVICE]")
     parser.add_argument("--measure", action="store_true", help="measure one case here and print it as JSON")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --measure")
@@ -141,7 +154,7 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
-    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in IMPLS]
+    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in args.impls]
     rows = [spawn(args, case) for case in tqdm(cases, desc="head and loss", unit="case")]
     for row in rows:
         if abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(rows[0]["loss"]):

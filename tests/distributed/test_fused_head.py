@@ -13,11 +13,14 @@ pytestmark = pytest.mark.distributed
 FUSED = "train.fuse_head=true"
 TIED = "model.share_embeddings_and_output_weights=true"
 SEQUENCE_PARALLEL = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PIPELINE = "parallel.pipeline_model_parallel_size=2"
 LAYOUTS = {
-    "one": (1, []),
-    "tp2": (2, ["parallel.tensor_model_parallel_size=2"]),
-    "tp2-sp": (2, SEQUENCE_PARALLEL),
-    "tied-pp2": (2, [TIED, "parallel.pipeline_model_parallel_size=2"]),
+    "tied": (1, [TIED]),
+    "dp2": (2, []),  # the optimizer is distributed
+    "pp2-vpp2": (2, [PIPELINE, "parallel.virtual_pipeline_model_parallel_size=2"]),
+    "tied-pp2": (2, [TIED, PIPELINE]),
+    "tp2-cp2": (4, ["parallel.tensor_model_parallel_size=2", "parallel.context_parallel_size=2"]),
+    "tied-tp2-pp2-sp": (4, [TIED, PIPELINE, *SEQUENCE_PARALLEL]),
 }
 
 

@@ -196,8 +196,8 @@ class Train:
     """Sequences in an optimizer step, over all processes and accumulated micro-batches."""
     rampup_batch_size: tuple[PositiveInt, PositiveInt, PositiveInt] | None = None
     """[start, increment, samples]: batches grow from start to global_batch_size over the first samples."""
-    fuse_head: Flag = False
-    """Head and loss together, some tokens at a time: the logits of a micro-batch never exist at once."""
+    fuse_head: Literal["auto", "always", "never"] = "auto"
+    """Head and loss together, without a micro-batch's logits: always, never, or auto (where that pays)."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Loss and sampling by CUDA kernels (cuda), by PyTorch (reference), or by what the GPU can run (auto)."""
     log_interval: PositiveInt = 10

@@ -9,6 +9,9 @@ backward pass scales the two gradients where every token's upstream gradient is 
 losses, scaled or not). Where it is not, or where backward is called again, it repeats the product with the
 weight and multiplies each token's own upstream gradient in before the sum over tokens: four products.
 
+The weight's gradient is a float32 sum over chunks. Where the caller has such a sum already (Megatron's
+main_grad), forward adds to it, and no [P, H] tensor is made.
+
 Only tokens that have a loss are multiplied, in every product: at k = 0 the masked ones, and never those with
 dalpha = 0.
 
@@ -16,6 +19,7 @@ Shape suffixes: B batch, S sequence, H hidden, P vocabulary shard, N tokens in t
 order, C tokens of a chunk, M tokens that have a loss.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +42,8 @@ from xdlm_megatron.diffusion.vocab_parallel import (
 
 # Elements of a chunk's logits: long enough products, and little beside the weight's gradient.
 CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
+# Elements of a 16-bit product on its way into a float32 sum.
+TILE_ELEMENTS = 1 << 22
 
 
 def head_nelbo(
@@ -52,6 +58,7 @@ def head_nelbo(
     group: dist.ProcessGroup | None = None,
     chunk_tokens: int | None = None,
     ops: RowOps = REFERENCE,
+    main_grad_PH: Tensor | None = None,
 ) -> Tensor:
     """vocab_parallel_nelbo(hidden_BSH @ weight_PH.T, ...) without the logits: [B, S] nats, >= 0, equal on
     every rank.
@@ -61,11 +68,16 @@ def head_nelbo(
     chunk_tokens: tokens whose logits exist at once; None: as CHUNK_ELEMENTS allows. The rest as there; a
     token with dalpha = 0 may have hidden states of NaN.
 
+    main_grad_PH: float32, the caller's sum of the weight's gradients. Forward adds this batch's for an
+    upstream gradient of 1, and autograd gets none for the weight; backward adds the rest if the upstream
+    gradient is another. So backward must follow every forward under autograd.
+
     The gradient of hidden_BSH is this rank's share, as that of any column-parallel product: the caller sums
     it over the group (all-reduce, or reduce-scatter with sequence parallelism). Rows of the weight that
-    belong to the mask or to padding get gradient 0. The weight's gradient is summed over chunks in float32.
+    belong to the mask or to padding get gradient 0.
 
-    Raises ValueError as vocab_parallel_nelbo does, and on chunk_tokens < 1.
+    Raises ValueError as vocab_parallel_nelbo does, on chunk_tokens < 1, and on a main_grad_PH of another
+    shape or dtype.
     """
     P = weight_PH.shape[0]
     check_shards(P, noise, group)
@@ -73,11 +85,28 @@ def head_nelbo(
         chunk_tokens = max(1, CHUNK_ELEMENTS.get(hidden_BSH.device.type, 1 << 27) // P)
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens={chunk_tokens} must be at least 1; None chooses it")
+    if main_grad_PH is not None and (main_grad_PH.shape, main_grad_PH.dtype) != (
+        weight_PH.shape,
+        torch.float32,
+    ):
+        raise ValueError(
+            f"main_grad_PH of shape {tuple(main_grad_PH.shape)} and {main_grad_PH.dtype} must be float32 of "
+            f"the weight's shape {tuple(weight_PH.shape)}"
+        )
     with_grad = torch.is_grad_enabled() and (hidden_BSH.requires_grad or weight_PH.requires_grad)
     transposed = is_transposed(hidden_BSH)
     tokens = to_tokens(zt_BS, x0_BS, alpha_B, beta_B, dalpha_B, compute_dtype(hidden_BSH), transposed)
-    plan = _Plan(tokens, shard_of(P, noise, group), group, transposed, chunk_tokens, ops)
+    plan = _Plan(tokens, shard_of(P, noise, group), group, transposed, chunk_tokens, ops, main_grad_PH)
     return from_rows(_HeadNelbo.apply(hidden_BSH, weight_PH, plan, with_grad), zt_BS.shape, transposed)
+
+
+def fusing_pays(tokens: int, P: int, noise: StationaryNoise, device_type: str) -> bool:
+    """Whether head_nelbo is the better way for so many tokens and columns, by benchmarks/head_loss.py.
+
+    At k = 0 it is, for unmasked tokens skip the head. Else it saves memory at about equal time where the
+    logits are more than one chunk; where they are not there is nothing to save.
+    """
+    return noise.uniform_ratio == 0 or tokens * P > CHUNK_ELEMENTS.get(device_type, 1 << 27)
 
 
 @dataclass(frozen=True)
@@ -90,6 +119,7 @@ class _Plan:
     transposed: bool
     chunk_tokens: int
     ops: RowOps
+    main_grad_PH: Tensor | None
 
     def chunks(self) -> list[Any]:
         """Indices of the tokens that have a loss (known after a device sync): slices if all of them have."""
@@ -115,29 +145,48 @@ class _Head:
 
 
 class _Gradients:
-    """Of hidden states and weight, filled chunk by chunk. dtype is the loss's; needs: (hidden, weight)."""
+    """Of hidden states and weight, filled chunk by chunk; needs: which of the two. The weight's is added to
+    main_grad_PH, or to a new sum in the loss's dtype.
+    """
 
-    def __init__(self, head: _Head, dtype: torch.dtype, needs: tuple[bool, bool]) -> None:
+    def __init__(self, head: _Head, plan: _Plan, needs: tuple[bool, bool]) -> None:
         self.hidden_NH = torch.zeros_like(head.hidden_NH) if needs[0] else None
-        self.weight_PH = torch.zeros_like(head.weight_PH, dtype=dtype) if needs[1] else None
+        self.weight_PH = plan.main_grad_PH if needs[1] else None
+        if needs[1] and self.weight_PH is None:
+            self.weight_PH = torch.zeros_like(head.weight_PH, dtype=plan.tokens.alpha_N.dtype)
 
     def add(self, head: _Head, rows: Any, grad_CP: Tensor) -> None:
         """One chunk, by the gradient of its logits."""
         if self.hidden_NH is not None:
             self.hidden_NH[rows] = grad_CP @ head.weight_PH
-        if self.weight_PH is None:
-            return
-        if self.weight_PH.dtype == grad_CP.dtype:
-            self.weight_PH.addmm_(grad_CP.t(), head.hidden_NH[rows])
-        else:
-            self.weight_PH += grad_CP.t() @ head.hidden_NH[rows]
+        if self.weight_PH is not None:
+            _add_product(self.weight_PH, grad_CP, head.hidden_NH[rows])
 
-    def scaled(self, factor: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """(hidden, weight) times a number, the latter in `dtype`; this object's own are used up."""
-        if self.hidden_NH is not None:
-            self.hidden_NH.mul_(factor)
-        weight_PH = None if self.weight_PH is None else self.weight_PH.mul_(factor)
-        return self.hidden_NH, None if weight_PH is None else weight_PH.to(dtype)
+
+def _add_product(sum_PH: Tensor, grad_CP: Tensor, hidden_CH: Tensor) -> None:
+    """sum += grad.T @ hidden."""
+    if sum_PH.dtype == grad_CP.dtype:
+        sum_PH.addmm_(grad_CP.t(), hidden_CH)
+    elif _sums_in_float32(grad_CP.device.type, grad_CP.dtype):
+        torch.ops.aten.addmm.dtype_out(sum_PH, grad_CP.t(), hidden_CH, torch.float32, out=sum_PH)
+    else:
+        size = max(1, TILE_ELEMENTS // hidden_CH.shape[1])
+        for sum_TH, grad_CT in zip(sum_PH.split(size), grad_CP.split(size, dim=1), strict=True):
+            sum_TH += grad_CT.t() @ hidden_CH
+
+
+@functools.cache
+def _sums_in_float32(device_type: str, dtype: torch.dtype) -> bool:
+    """Whether this torch adds a product of 16-bit matrices to a float32 one in place: tried, once."""
+    a, total = (
+        torch.full((16, 16), 0.5, dtype=dtype, device=device_type),
+        torch.ones(16, 16, device=device_type),
+    )
+    try:
+        torch.ops.aten.addmm.dtype_out(total, a.t(), a, torch.float32, out=total)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    return bool((total == 5).all())
 
 
 class _HeadNelbo(torch.autograd.Function):
@@ -147,7 +196,7 @@ class _HeadNelbo(torch.autograd.Function):
         head = _Head(hidden_BSH, weight_PH, plan)
         loss_N = torch.zeros_like(tokens.alpha_N)
         terms_6N = loss_N.new_zeros(6, len(tokens))
-        gradients = _Gradients(head, loss_N.dtype, ctx.needs_input_grad[:2]) if with_grad else None
+        gradients = _Gradients(head, plan, ctx.needs_input_grad[:2]) if with_grad else None
         for rows in plan.chunks():
             logits_CP, tokens_C = head.logits(rows), tokens[rows]
             out_CP = None if gradients is None else logits_CP
@@ -163,25 +212,55 @@ class _HeadNelbo(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BSH, weight_PH, terms_6N = ctx.saved_tensors
+        plan, needs = ctx.plan, ctx.needs_input_grad[:2]
         gradients, ctx.gradients = ctx.gradients, None
-        factor = upstream_N[0]
-        if gradients is None or not bool(((upstream_N == factor) & (factor != 0)).all()):
-            head = _Head(hidden_BSH, weight_PH, ctx.plan)
-            gradients = _recompute(head, terms_6N, upstream_N, ctx.plan, ctx.needs_input_grad[:2])
-            factor = torch.ones_like(factor)
-        grad_NH, grad_PH = gradients.scaled(factor, weight_PH.dtype)
-        if grad_NH is None:
+        if gradients is None or not bool((upstream_N == 1).all()):
+            gradients = _corrected(gradients, hidden_BSH, weight_PH, terms_6N, upstream_N, plan, needs)
+        own = needs[1] and plan.main_grad_PH is None
+        grad_PH = gradients.weight_PH.to(weight_PH.dtype) if own else None
+        if gradients.hidden_NH is None:
             return None, grad_PH, None, None
         B, S, H = hidden_BSH.shape
-        grad_BSH = grad_NH.view(S, B, H).transpose(0, 1) if ctx.plan.transposed else grad_NH.view(B, S, H)
-        return grad_BSH, grad_PH, None, None
+        shape = (S, B, H) if plan.transposed else (B, S, H)
+        grad_BSH = gradients.hidden_NH.view(shape)
+        return grad_BSH.transpose(0, 1) if plan.transposed else grad_BSH, grad_PH, None, None
+
+
+def _corrected(
+    gradients: _Gradients | None,
+    hidden_BSH: Tensor,
+    weight_PH: Tensor,
+    terms_6N: Tensor,
+    upstream_N: Tensor,
+    plan: _Plan,
+    needs: tuple[bool, bool],
+) -> _Gradients:
+    """The gradients where the upstream gradient is not the 1 that forward's are for, or those are gone."""
+    operands = (hidden_BSH, weight_PH, terms_6N, plan)
+    if needs[1] and plan.main_grad_PH is not None:
+        missing_N = upstream_N if gradients is None else upstream_N - 1
+        _recompute(*operands, missing_N, (False, True))
+        needs = (needs[0], False)
+    factor = upstream_N[0]
+    if gradients is None or not bool(((upstream_N == factor) & (factor != 0)).all()):
+        return _recompute(*operands, upstream_N, needs)
+    for wanted, x in zip(needs, (gradients.hidden_NH, gradients.weight_PH), strict=True):
+        if wanted and x is not None:
+            x.mul_(factor)
+    return gradients
 
 
 def _recompute(
-    head: _Head, terms_6N: Tensor, upstream_N: Tensor, plan: _Plan, needs: tuple[bool, bool]
+    hidden_BSH: Tensor,
+    weight_PH: Tensor,
+    terms_6N: Tensor,
+    plan: _Plan,
+    upstream_N: Tensor,
+    needs: tuple[bool, bool],
 ) -> _Gradients:
     """The gradients for an upstream gradient that differs between tokens, from the logits made again."""
-    gradients = _Gradients(head, terms_6N.dtype, needs)
+    head = _Head(hidden_BSH, weight_PH, plan)
+    gradients = _Gradients(head, plan, needs)
     for rows in plan.chunks():
         logits_CP, tokens_C = head.logits(rows), plan.tokens[rows]
         plan.ops.grad(logits_CP, tokens_C, terms_6N[:, rows], upstream_N[rows], plan.shard, logits_CP)

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from xdlm_megatron.diffusion.head_nelbo import head_nelbo
+from xdlm_megatron.diffusion.head_nelbo import fusing_pays, head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
@@ -39,26 +39,35 @@ class Objective:
     """The negative ELBO per token, as `forward_step_func` of Megatron's schedules.
 
     fuse_head: the model stops before its head; the loss goes on from there and never makes the logits.
+    "auto": where that pays.
     ops: who does the loss's work on rows of logits.
     """
 
     noise: StationaryNoise
     mesh: Mesh
-    fuse_head: bool = field(default=False, kw_only=True)
+    fuse_head: bool | Literal["auto"] = field(default="auto", kw_only=True)
     ops: RowOps = field(default=REFERENCE, kw_only=True)
 
     def forward_step(self, batches: Iterator[NoisedBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """Runs one micro-batch; the loss function is called on the last pipeline stage only."""
         batch = next(batches)
+        fuse_head = self._fuses_head(batch, model)
 
         def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            weight_PH = unwrap(model).head_weight() if self.fuse_head else None
+            weight_PH = unwrap(model).head_weight() if fuse_head else None
             nelbo_BS = self.nelbo(output, batch, weight_PH)
             tokens_B = batch.scored_BS.sum(dim=1, dtype=torch.int)
             report = {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1), "tokens_per_sequence": tokens_B}
             return nelbo_BS.sum(), tokens_B.sum(dtype=torch.int), report
 
-        return model(batch.zt_BS, batch.document_BT, self.fuse_head), loss_function
+        return model(batch.zt_BS, batch.document_BT, fuse_head), loss_function
+
+    def _fuses_head(self, batch: NoisedBatch, model: Any) -> bool:
+        chunk = unwrap(model)
+        if self.fuse_head != "auto" or not chunk.post_process:
+            return self.fuse_head is True
+        tokens, P = batch.zt_BS.numel(), len(chunk.head_weight())
+        return fusing_pays(tokens, P, self.noise, batch.zt_BS.device.type)
 
     def nelbo(self, output: Tensor, batch: NoisedBatch, weight_PH: Tensor | None = None) -> Tensor:
         """[B, S] nats per unit of t, of logits [S, B, P], or of hidden [S, B, H] and the head's weight.
@@ -70,6 +79,19 @@ class Objective:
         tp = self.mesh.groups.tp
         group = tp if tp.size() > 1 else None
         if weight_PH is not None:
-            return head_nelbo(output, weight_PH, *tokens, group=group, ops=self.ops)
+            main_grad_PH = _float32_main_grad(weight_PH)
+            return head_nelbo(
+                output, weight_PH, *tokens, group=group, ops=self.ops, main_grad_PH=main_grad_PH
+            )
         in_place = torch.is_grad_enabled()
         return vocab_parallel_nelbo(output, *tokens, group=group, grad_in_place=in_place, ops=self.ops)
+
+
+def _float32_main_grad(weight: Tensor) -> Tensor | None:
+    """Where Megatron's data-parallel wrapper sums this weight's gradients, if it does and in float32.
+
+    It adds the gradient that autograd gives the weight, if any (a tied embedding has one), to what lies
+    there already; overlapping the reduction with backward would need one in any case, and is off.
+    """
+    main_grad = getattr(weight, "main_grad", None)
+    return main_grad if main_grad is not None and main_grad.dtype == torch.float32 else None

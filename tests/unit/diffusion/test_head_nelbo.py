@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xdlm_megatron.diffusion import head_nelbo as head_nelbo_module
 from xdlm_megatron.diffusion import row_ops
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
@@ -103,6 +104,35 @@ def test_one_gradient_without_the_other(wanted) -> None:
     assert leaves[1 - wanted].grad is None
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("upstream_is", ["one", "same", "mixed"])
+@pytest.mark.parametrize("k", [0.0, 0.1])
+def test_the_weight_s_gradient_is_added_to_the_caller_s_sum(k, upstream_is, dtype, monkeypatch) -> None:
+    monkeypatch.setattr(head_nelbo_module, "TILE_ELEMENTS", 100 * 24)  # 1024 rows in 11 tiles
+    leaves, rest, upstream = make_case(SHAPES[0], k, dtype)
+    upstream = {"one": torch.ones_like(upstream), "same": torch.full_like(upstream, -2.5), "mixed": upstream}[
+        upstream_is
+    ]
+    _, want_hidden, want_weight = unfused(leaves, rest, upstream)
+    main_grad = torch.full(leaves[1].shape, 0.25)
+    loss = head_nelbo(*leaves, *rest, chunk_tokens=50, main_grad_PH=main_grad)
+    loss.backward(upstream.to(loss.dtype), retain_graph=True)
+    assert leaves[1].grad is None
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    assert (main_grad - 0.25 - want_weight).norm() <= tolerance * want_weight.norm()
+    assert (leaves[0].grad - want_hidden).norm() <= tolerance * want_hidden.norm()
+    loss.backward(upstream.to(loss.dtype))
+    assert (main_grad - 0.25 - 2 * want_weight).norm() <= 2 * tolerance * want_weight.norm()
+
+
+def test_without_gradients_the_caller_s_sum_stays() -> None:
+    leaves, rest, _ = make_case(SHAPES[0], 0.1, torch.float32)
+    main_grad = torch.zeros(leaves[1].shape)
+    with torch.no_grad():
+        head_nelbo(*leaves, *rest, main_grad_PH=main_grad)
+    assert not main_grad.any()
+
+
 def test_a_second_backward_gives_the_same_gradients() -> None:
     leaves, rest, upstream = make_case(SHAPES[0], 0.1)
     loss = head_nelbo(*leaves, *rest, chunk_tokens=50)
@@ -123,17 +153,20 @@ def test_a_token_without_upstream_gradient_may_hold_nan() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the most elements of a tensor that an operator returned, and the products' rows."""
+    """Remembers the most elements of a tensor that an operator returned, and the products' rows. `known`
+    tensors do not count.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *known: torch.Tensor) -> None:
         super().__init__()
+        self.known = {x.untyped_storage().data_ptr() for x in known}
         self.largest = 0
         self.multiplied_rows = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in torch.utils._pytree.tree_leaves(out):
-            if isinstance(x, torch.Tensor):
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self.known:
                 self.largest = max(self.largest, x.untyped_storage().nbytes() // x.element_size())
         if function is torch.ops.aten.mm.out:
             self.multiplied_rows += args[0].shape[0]
@@ -158,9 +191,27 @@ def test_the_logits_of_all_tokens_never_exist(k, same_upstream, dtype, monkeypat
     assert seen.multiplied_rows == tokens * (1 if same_upstream else 2), "forward, and backward if it must"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_the_caller_s_sum_no_gradient_of_the_weight_exists(dtype, monkeypatch) -> None:
+    monkeypatch.setitem(row_ops.SCRATCH_ELEMENTS, "cpu", 1 << 12)
+    monkeypatch.setattr(head_nelbo_module, "TILE_ELEMENTS", 1 << 12)
+    B, S, H, P, chunk = 2, 32, 64, 1024, 16
+    leaves, rest, _ = make_case((B, S, H, 1003, P, 1002), 0.1, dtype)
+    main_grad = torch.zeros(P, H)
+    with LargestTensor(main_grad, leaves[1]) as seen:
+        head_nelbo(*leaves, *rest, chunk_tokens=chunk, main_grad_PH=main_grad).sum().backward()
+    assert main_grad.any()
+    assert seen.largest == chunk * P, "a chunk's logits are the largest tensor, smaller than the weight"
+    assert chunk * P < P * H
+
+
 def test_a_shard_or_chunk_that_cannot_be_is_refused() -> None:
     leaves, rest, _ = make_case(SHAPES[0], 0.1)
     with pytest.raises(ValueError, match="do not cover vocab_size=1003"):
         head_nelbo(leaves[0], leaves[1][:512], *rest)
     with pytest.raises(ValueError, match="chunk_tokens=0 must be at least 1"):
         head_nelbo(*leaves, *rest, chunk_tokens=0)
+    with pytest.raises(
+        ValueError, match=r"main_grad_PH of shape \(1024, 24\) and torch.float64 must be float32"
+    ):
+        head_nelbo(*leaves, *rest, main_grad_PH=torch.zeros(1024, 24, dtype=torch.float64))

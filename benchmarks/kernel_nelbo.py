@@ -1,0 +1,260 @@
+"""The loss and its gradient from logits: our kernels and their PyTorch twin beside other ways, and the floor.
+
+eager     the paper's form in plain PyTorch under autograd (loss_reference.py)
+compiled  torch.compile of it
+liger     Liger's fused cross-entropy, the nearest public kernel (a simpler loss); where it is installed
+twin      vocab_parallel_nelbo on its PyTorch row operations, gradient in place
+split     the same on our kernels, as several ranks use them: each of the passes reads the logits
+whole     the same on our kernels where one rank has the vocabulary: one read, one write
+
+Every way gets the same logits. `bytes` is what it must move a logit: counted over its operators for eager
+and twin (what they read and write, were there no cache), known for kernels. `of copy` is the time that
+copying that many bytes takes on this device, measured in the same run, over the time it took. The floor is
+one read and one write. Memory is the peak above the inputs, the logits among them.
+
+    python benchmarks/kernel_nelbo.py                                     # a GPU: all of it, minutes
+    python benchmarks/kernel_nelbo.py --tokens 256 --vocab 32768 126464   # a CPU: eager, compiled, twin
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from loss_reference import DTYPES, device_name, make_inputs, memory_mib, plain_nelbo
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
+from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
+from xdlm_megatron.kernels.dispatch import choose_kernels
+
+IMPLS = ("eager", "compiled", "liger", "twin", "split", "whole")
+ON_CUDA = ("liger", "split", "whole")
+Step = Callable[[Tensor, tuple], Tensor]
+
+
+def in_place(ops: RowOps) -> Step:
+    """vocab_parallel_nelbo as training calls it."""
+    return lambda leaf, rest: vocab_parallel_nelbo(leaf, *rest, grad_in_place=True, ops=ops).sum()
+
+
+def build_step(impl: str, device: torch.device) -> Step:
+    """(logits, the loss's other arguments) -> the sum of the loss. Raises ImportError without Liger."""
+    if impl == "eager":
+        return lambda leaf, rest: plain_nelbo(leaf, *rest).sum()
+    if impl == "compiled":
+        compiled = torch.compile(plain_nelbo)
+        return lambda leaf, rest: compiled(leaf, *rest).sum()
+    if impl == "liger":
+        from liger_kernel.transformers.functional import liger_cross_entropy
+
+        return lambda leaf, rest: liger_cross_entropy(leaf.view(-1, leaf.shape[-1]), rest[1].view(-1))
+    if impl == "twin":
+        return in_place(REFERENCE)
+    kernels = choose_kernels("cuda", device).row_ops
+    return in_place(kernels if impl == "whole" else kernels._replace(whole=None, rescale=None))
+
+
+class CountBytes(TorchDispatchMode):
+    """Adds up what operators read and write; views cost nothing."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not any(
+            result.alias_info and not result.alias_info.is_write for result in function._schema.returns
+        ):
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            self.total += sum(x.numel() * x.element_size() for x in tensors.values())
+        return out
+
+
+def bytes_per_logit(impl: str, step: Step, args: argparse.Namespace, device: torch.device) -> float | None:
+    """Of kernels: their passes, each a read, and one write. Of PyTorch code: counted on a few rows."""
+    size = DTYPES[args.dtype].itemsize
+    if impl in ("split", "whole"):
+        return size * (2 if impl == "whole" else 4)
+    if impl not in ("eager", "twin"):
+        return None
+    few = argparse.Namespace(**vars(args) | {"tokens": 2 * args.batch})
+    logits, *rest = make_inputs(few, device)
+    with CountBytes() as count:
+        run_step(step, logits, tuple(rest))
+    return count.total / logits.numel()
+
+
+def run_step(step: Step, logits: Tensor, rest: tuple) -> Tensor:
+    """Loss and gradient once."""
+    loss = step(logits.detach().requires_grad_(), rest)
+    loss.backward()
+    return loss.detach()
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One case: the first step gives the memory, the others the time, the best of them."""
+    device = torch.device(args.device)
+    torch.set_num_threads(args.threads)
+    step = build_step(args.impl, device)
+    per_logit = bytes_per_logit(args.impl, step, args, device)
+    # A small step first: what is loaded or compiled at the first use is not the loss's memory.
+    tiny, *tiny_rest = make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch}), device)
+    run_step(step, tiny, tuple(tiny_rest))
+    logits, *rest = make_inputs(args, device)
+    kept = logits.clone()
+    baseline = memory_mib(device, peak=False)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    loss = run_step(step, logits, tuple(rest))
+    peak = memory_mib(device, peak=True)
+    seconds, copies = [], []
+    for _ in range(args.repeats):
+        copies.append(seconds_of(lambda: logits.copy_(kept), device))  # the gradient may lie over the logits
+        seconds.append(seconds_of(lambda: run_step(step, logits, tuple(rest)), device))
+    size = logits.numel() * logits.element_size()
+    result = {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": loss.item()}
+    result |= {"logits_mib": size / 2**20, "copy_gb_per_second": 2 * size / min(copies) / 1e9}
+    if per_logit is not None:
+        moved = per_logit * logits.numel()
+        result |= {
+            "bytes_per_logit": per_logit,
+            "share_of_copy": moved / (2 * size) * min(copies) / min(seconds),
+        }
+    return result
+
+
+def run_case(args: argparse.Namespace, case: dict) -> dict:
+    """A result row. On a GPU in this process; on a CPU, where memory is the process's, in one of its own."""
+    if args.device == "cuda":
+        result = measure(argparse.Namespace(**vars(args) | case))
+        torch.cuda.empty_cache()
+        return case | result
+    names = ("device", "tokens", "batch", "repeats", "threads")
+    options = {name: getattr(args, name) for name in names} | case
+    command = [
+        sys.executable,
+        __file__,
+        "--measure",
+        *(f"--{name}={value}" for name, value in options.items()),
+    ]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return case | json.loads(done.stdout.splitlines()[-1])
+
+
+def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> str:
+    lines = [
+        "# Loss and gradient from logits: kernels, twin, eager, and the floor",
+        "",
+        f"{device_name(args)}, torch {torch.__version__}, Python {platform.python_version()}; {args.tokens} "
+        f"tokens in {args.batch} sequences, uniform_ratio 0.1, best of {args.repeats} runs.",
+        "",
+        f"    {args.command}",
+        "",
+        "Columns as the script explains them; `x eager` is how many times faster than eager.",
+        "",
+        "| V | logits | way | ms | x eager | bytes a logit | of copy | MiB above inputs | of the logits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        same = [r for r in rows if (r["vocab"], r["dtype"]) == (row["vocab"], row["dtype"])]
+        eager = next(r for r in same if r["impl"] == "eager")
+        known = "bytes_per_logit" in row
+        cells = [row["vocab"], row["dtype"], row["impl"], f"{1e3 * row['seconds']:.2f}"]
+        cells += [
+            f"{eager['seconds'] / row['seconds']:.2f}",
+            f"{row['bytes_per_logit']:.1f}" if known else "",
+        ]
+        cells += [f"{100 * row['share_of_copy']:.0f} %" if known else "", f"{row['peak_mib']:.0f}"]
+        cells += [f"{100 * row['peak_mib'] / row['logits_mib']:.1f} %"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        if row is same[-1]:
+            floor = 2 * row["logits_mib"] * 2**20 / max(r["copy_gb_per_second"] for r in same) / 1e6
+            bytes_floor = 2 * DTYPES[row["dtype"]].itemsize
+            cells = [row["vocab"], row["dtype"], "floor", f"{floor:.2f}"]
+            cells += [f"{1e3 * eager['seconds'] / floor:.2f}", f"{bytes_floor:.1f}", "100 %", "0", "0.0 %"]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += ["", *(f"{impl}: not measured, {reason}." for impl, reason in left_out.items())]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def choose_impls(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """(what is measured, why the others are not)."""
+    left_out = {}
+    for impl in args.impls:
+        if impl in ON_CUDA and args.device != "cuda":
+            left_out[impl] = "it needs a GPU"
+        elif impl in ON_CUDA:
+            try:
+                build_step(impl, torch.device(args.device))
+            except (ImportError, ValueError) as error:
+                left_out[impl] = str(error)
+    return [impl for impl in args.impls if impl not in left_out], left_out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--tokens", type=int, default=8192 if cuda else 256, help="tokens a step")
+    parser.add_argument("--batch", type=int, default=8, help="sequences; divides --tokens")
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 3, help="timed steps; the best counts")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--vocab", type=int, nargs="+", default=[32768, 50304, 131072])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"], help="of the logits")
+    parser.add_argument("--impls", nargs="+", choices=IMPLS, default=list(IMPLS), help="ways to measure")
+    parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results/DEVICE]")
+    parser.add_argument("--measure", action="store_true", help="measure one case here and print it as JSON")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="with --measure")
+    parser.add_argument("--impl", choices=IMPLS, default="twin", help="with --measure")
+    args = parser.parse_args()
+    if args.measure:
+        args.vocab = args.vocab[0]
+        print(json.dumps(measure(args)))
+        return
+    args.command = " ".join(["python", "benchmarks/kernel_nelbo.py", *sys.argv[1:]])
+    if "eager" not in args.impls:
+        parser.error("--impls must have eager among them: the others are compared with it")
+    impls, left_out = choose_impls(args)
+    cases = [{"vocab": v, "dtype": d, "impl": i} for v in args.vocab for d in args.dtypes for i in impls]
+    rows = [run_case(args, case) for case in tqdm(cases, desc="loss of logits", unit="case")]
+    for row in rows:
+        same = next(r for r in rows if (r["vocab"], r["dtype"]) == (row["vocab"], row["dtype"]))
+        if row["impl"] != "liger" and abs(row["loss"] - same["loss"]) > 2e-3 * abs(same["loss"]):
+            raise RuntimeError(f"{row} and {same} disagree on the loss: the timings compare different things")
+    folder = args.out or Path(__file__).parent / "results" / args.device
+    folder.mkdir(parents=True, exist_ok=True)
+    text = report(args, rows, left_out)
+    (folder / "kernel_nelbo.md").write_text(text)
+    machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
+    machine |= {"name": device_name(args), "tokens": args.tokens, "threads": args.threads}
+    result = {"command": args.command, "machine": machine, "left_out": left_out, "rows": rows}
+    (folder / "kernel_nelbo.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
