@@ -2,11 +2,11 @@
 
 `eager` multiplies hidden states and head weight and evaluates the authors' plain loss under autograd
 (loss_reference.py). `logits` multiplies likewise and takes vocab_parallel_nelbo, which writes the gradient
-over the logits: train.fuse_head=false. `fused` is head_nelbo: train.fuse_head=true. `summed` is the same with
-the weight's gradient added to a float32 sum that exists, as under Megatron's data-parallel wrapper, which
-the others would do afterwards. Each measurement runs in a process of its own, all forms in turn; memory is
-the peak above what the process holds once its inputs exist, the gradients of hidden states and weight
-included.
+over the logits: train.fuse_head=never. `fused` is head_nelbo: train.fuse_head=always. `summed` is the same
+with the weight's gradient added to a float32 sum that exists, as under Megatron's data-parallel wrapper,
+which the others would do afterwards. Each measurement runs in a process of its own, all forms in turn;
+memory is the peak above what the process holds once its inputs exist, the gradients of hidden states and
+weight included.
 
     python benchmarks/head_loss.py --dtypes float32 bfloat16
 """

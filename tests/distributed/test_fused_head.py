@@ -10,7 +10,7 @@ from tests.distributed.launch import launch, read_series, write_recipe
 
 pytestmark = pytest.mark.distributed
 
-FUSED = "train.fuse_head=true"
+FUSED, UNFUSED = "train.fuse_head=always", "train.fuse_head=never"
 TIED = "model.share_embeddings_and_output_weights=true"
 SEQUENCE_PARALLEL = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PIPELINE = "parallel.pipeline_model_parallel_size=2"
@@ -36,7 +36,7 @@ def with_logits(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> 
     """One process without the knob; {tied: metrics}."""
     folder = tmp_path_factory.mktemp("with_logits")
     return {
-        tied: run(folder, tiny_recipe, f"tied-{tied}", 1, [TIED] if tied else []) for tied in (False, True)
+        tied: run(folder, tiny_recipe, f"tied-{tied}", 1, [UNFUSED, *[TIED] * tied]) for tied in (False, True)
     }
 
 

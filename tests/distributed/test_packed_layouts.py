@@ -31,7 +31,7 @@ LAYOUTS = {
     "pp4": (4, [PP + "4"]),
     "pp2-vpp2": (2, [PP + "2", VPP + "2"]),
     "cp2": (2, [CP + "2"]),
-    "cp2-fused-head": (2, [CP + "2", "train.fuse_head=true"]),
+    "cp2-fused-head": (2, [CP + "2", "train.fuse_head=always"]),
     "tp2-pp2": (4, [TP + "2", PP + "2"]),
     "tp2-cp2": (4, [TP + "2", CP + "2"]),
     "pp2-cp2": (4, [PP + "2", CP + "2"]),

@@ -45,7 +45,7 @@ class Objective:
 
     noise: StationaryNoise
     mesh: Mesh
-    fuse_head: bool | Literal["auto"] = field(default="auto", kw_only=True)
+    fuse_head: Literal["auto", "always", "never"] = field(default="auto", kw_only=True)
     ops: RowOps = field(default=REFERENCE, kw_only=True)
 
     def forward_step(self, batches: Iterator[NoisedBatch], model: Any) -> tuple[Tensor, LossFunction]:
@@ -65,7 +65,7 @@ class Objective:
     def _fuses_head(self, batch: NoisedBatch, model: Any) -> bool:
         chunk = unwrap(model)
         if self.fuse_head != "auto" or not chunk.post_process:
-            return self.fuse_head is True
+            return self.fuse_head == "always"
         tokens, P = batch.zt_BS.numel(), len(chunk.head_weight())
         return fusing_pays(tokens, P, self.noise, batch.zt_BS.device.type)
 

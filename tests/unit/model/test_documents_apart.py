@@ -47,9 +47,9 @@ def test_each_document_gets_the_logits_that_it_gets_alone(mesh: Mesh) -> None:
                 assert (together[span, row] - alone).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("fuse_head", [False, True])
+@pytest.mark.parametrize("fuse_head", ["never", "always"])
 @pytest.mark.parametrize("uniform_ratio", [0.0, 0.1])
-def test_loss_and_gradient_are_sums_over_documents(uniform_ratio: float, fuse_head: bool, mesh: Mesh) -> None:
+def test_loss_and_gradient_are_sums_over_documents(uniform_ratio: float, fuse_head: str, mesh: Mesh) -> None:
     """Each at its own time; padding adds nothing, whatever it holds."""
     config = small_config(model=LIVELY, data={"packing": "documents"})
     (model,) = build_model(config, mesh)

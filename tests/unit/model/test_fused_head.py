@@ -30,7 +30,7 @@ def test_same_loss_and_gradients(uniform_ratio: float, dtype: str, tied: bool, m
     (model,) = build_model(small_config(model=options, precision={"dtype": dtype}), mesh)
     noise = StationaryNoise(uniform_ratio, 45, 44)
     batch = noisy_batch(noise)
-    plain, fused = (Objective(noise, mesh, fuse_head=flag) for flag in (False, True))
+    plain, fused = (Objective(noise, mesh, fuse_head=flag) for flag in ("never", "always"))
     # In bfloat16 both round the gradient of the logits once, at different scales, and then go a long way.
     tolerance = 1e-5 if dtype == "float32" else 4e-2
     for scale in (1.0, 1 / 3):
@@ -51,7 +51,7 @@ def test_megatron_accumulates_each_gradient_once(tied: bool, mesh: Mesh) -> None
     batch = noisy_batch(noise)
     options = {"zero_init_head": False, "share_embeddings_and_output_weights": tied}
     sums = []
-    for fuse_head in (False, True):
+    for fuse_head in ("never", "always"):
         (model,) = wrap_for_training(build_model(small_config(model=options), mesh), False, mesh)
         model.zero_grad_buffer()
         for _ in range(2):
@@ -63,6 +63,19 @@ def test_megatron_accumulates_each_gradient_once(tied: bool, mesh: Mesh) -> None
         sums.append([p.main_grad.clone() for p in model.parameters()])
     for plain, fused in zip(*sums, strict=True):
         assert (fused - plain).norm() <= 1e-5 * plain.norm()
+
+
+@pytest.mark.parametrize(
+    ("uniform_ratio", "chunk", "fuses"), [(0.1, 1 << 20, False), (0.1, 1, True), (0.0, 1 << 20, True)]
+)
+def test_auto_fuses_where_there_is_something_to_save(
+    uniform_ratio: float, chunk: int, fuses: bool, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(head_nelbo.CHUNK_ELEMENTS, "cpu", chunk)
+    (model,) = build_model(small_config(), mesh)
+    noise = StationaryNoise(uniform_ratio, 45, 44)
+    output, _ = Objective(noise, mesh).forward_step(iter([noisy_batch(noise)]), model)
+    assert output.shape[-1] == (32 if fuses else 48), "hidden states, or logits"
 
 
 class LargestTensor(TorchDispatchMode):
@@ -84,7 +97,7 @@ def test_the_logits_never_exist(training: bool, mesh: Mesh, monkeypatch: pytest.
     (model,) = build_model(small_config(data={"vocab_size": vocab_size}, model={"hidden_size": 8}), mesh)
     noise = StationaryNoise(0.1, vocab_size, 44)
     largest = []
-    for fuse_head in (True, False):
+    for fuse_head in ("always", "never"):
         with LargestTensor() as seen, torch.set_grad_enabled(training):
             objective = Objective(noise, mesh, fuse_head=fuse_head)
             output, loss_function = objective.forward_step(iter([noisy_batch(noise)]), model)
