@@ -38,6 +38,7 @@ test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ on a real Slurm, wh
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
+	$(BIN)/python -m tests.distributed.layouts > benchmarks/results/cpu/layouts.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py --tokens 2048 --dtypes float32 bfloat16
 
 ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:5000

@@ -64,7 +64,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(
         if requeue:
             job.signal(signal.SIGTERM, [0])  # schedulers send it in the end; the wish to be requeued stays
         status = ExitStatus.REQUEUE if requeue else ExitStatus.DONE
-        assert job.wait() == [status, status], job.output()
+        job.assert_ends(status)
         last = ends_well(run, "requeue" if requeue else "stopped", job.output())
     output = launch(2, "train", path, ["--resume", f"train.stop_after_step={last + 1}"])
     assert f"resumes at step {last}" in output

@@ -21,7 +21,7 @@ from tests.distributed.same import assert_same_tensors, read_numbers
 
 pytestmark = pytest.mark.distributed
 
-SIZES = [4, 4, 8, 8, 12, 12, 16, 16, 16, 16]  # (16 - 4) / 4 = 3 parts of 24 / 3 = 8 samples
+SIZES = [4, 4, 8, 12, 16, 16, 16, 16, 16, 16]  # (16 - 4) / 4 = 3 parts of 24 / 3 = 8 samples
 LAYOUTS = {
     "dp2": (2, []),
     "dp2-micro-batches of 1": (2, ["train.micro_batch_size=1"]),

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import json
 import os
 import runpy
@@ -27,17 +28,22 @@ from contextlib import suppress
 from pathlib import Path
 
 MODULE = "xdlm_megatron.__main__"
-SECONDS_TO_END = 15.0  # between SIGTERM and SIGKILL
+SECONDS_ALONE = 2.0  # for the others to end by themselves, as they do where all meet the same error
+SECONDS_TO_END = 12.0  # between SIGTERM and SIGKILL
 POLL_SECONDS = 0.005
+NEVER = float("inf")
 _PR_SET_PDEATHSIG = 1
 
 
 def serve(path: str) -> None:
+    import torch._dynamo  # optimizers import it when they are built
     import torch.distributed.checkpoint  # noqa: F401
 
     import xdlm_megatron.evaluation.run
     import xdlm_megatron.train.run  # noqa: F401
 
+    gc.collect()
+    gc.freeze()  # a rank's collections need not visit, and so copy, what all ranks share
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, "a fork takes one thread along: nothing imported here may start another"
     with socket.socket(socket.AF_UNIX) as server:
@@ -78,15 +84,17 @@ def _supervise(connection: socket.socket) -> None:
 def _wait_for(pids: list[int], connection: socket.socket) -> dict[int, int]:
     """The exit code of every rank, once all have ended."""
     codes: dict[int, int] = {}
-    kill_at = float("inf")
+    end_at = kill_at = NEVER
     while len(codes) < len(pids):
         for pid, code in _reap():
             codes[pid] = code
-            if code and kill_at == float("inf"):
-                kill_at = time.monotonic() + SECONDS_TO_END
-                _signal(set(pids) - codes.keys(), signal.SIGTERM)
+            if code and end_at == NEVER:
+                end_at = time.monotonic() + SECONDS_ALONE
         if connection and select.select([connection], [], [], POLL_SECONDS)[0]:
             kill_at = 0.0  # the client has left
+        if time.monotonic() > end_at and kill_at == NEVER:
+            kill_at = time.monotonic() + SECONDS_TO_END
+            _signal(set(pids) - codes.keys(), signal.SIGTERM)
         if time.monotonic() > kill_at:
             _signal(set(pids) - codes.keys(), signal.SIGKILL)
             time.sleep(POLL_SECONDS)
