@@ -36,12 +36,12 @@ class Spike:
 
 
 def threshold_of(recent: list[float], factor: float) -> tuple[float, float] | None:
-    """(median, median + factor robust standard deviations) of the recent losses; None while there are few."""
+    """(median, median + factor robust deviations) of the recent losses; None while they tell little."""
     if len(recent) < ENOUGH:
         return None
     median = statistics.median(recent)
     deviation = _NORMAL * statistics.median(abs(loss - median) for loss in recent)
-    return median, median + factor * deviation
+    return (median, median + factor * deviation) if deviation else None
 
 
 def remember(recent: list[float], loss: float) -> None:

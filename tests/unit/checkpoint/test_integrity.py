@@ -121,6 +121,26 @@ def checkpoints(tmp_path: Path, mesh: Mesh) -> Path:
     return tmp_path
 
 
+def test_without_latest_the_only_checkpoint_is_chosen_aloud(
+    checkpoints: Path, mesh: Mesh, capsys: pytest.CaptureFixture
+) -> None:
+    """As after a kill between the rename of the first checkpoint and `latest`. Of several none is guessed."""
+    (checkpoints / "latest").unlink()
+    for allow_fallback in (False, True):
+        with pytest.raises(CheckpointError, match=r"no 'latest' and several .*\(step_00000005, .*15\)"):
+            choose_start(checkpoints, mesh, allow_fallback)
+    for step in (5, 10):
+        shutil.rmtree(checkpoints / f"step_{step:08d}")
+    (checkpoints / "step_00000020.tmp").mkdir()
+    assert choose_start(checkpoints, mesh, False) == checkpoints / "step_00000015"
+    assert "has no 'latest'; goes on from its only checkpoint, step_00000015" in capsys.readouterr().out
+    flip_bit(checkpoints / "step_00000015/common.pt")
+    with pytest.raises(CheckpointError, match=r"step_00000015 is damaged: common.pt"):
+        choose_start(checkpoints, mesh, False)
+    shutil.rmtree(checkpoints / "step_00000015")
+    assert choose_start(checkpoints, mesh, False) is None
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

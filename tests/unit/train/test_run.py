@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,37 @@ def test_what_may_not_start_is_refused(finished: RunConfig, tiny_recipe: dict, t
         train(other, resume=True)
     assert "diffusion.uniform_ratio: was 0.1, now 0.4" in str(error.value)
     assert "model.num_layers: was 2, now 4" in str(error.value)
+
+
+def test_a_run_that_never_saved_starts_again(
+    finished: RunConfig, tiny_recipe: dict, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """It was killed before its first checkpoint; that is said, and nothing that it logged is lost."""
+    config = config_for(tiny_recipe, tmp_path, train={"stop_after_step": 2}, evaluation={"interval": 1000})
+    assert train(config) == "stopped"
+    folder = tmp_path / "tiny"
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(CheckpointError, match=r"checkpoints is gone; put it back, or remove the run folder"):
+        train(config, resume=True)
+    (folder / "checkpoints").mkdir()
+    again = config_for(tiny_recipe, tmp_path, evaluation={"interval": 1000})
+    assert train(again, resume=True) == "finished"
+    assert "was interrupted before it saved, and starts again" in capsys.readouterr().out
+    for name in ("train/nelbo", "train/grad_norm"):
+        assert series(again, name) == series(finished, name)
+    assert len((folder / "metrics.jsonl.superseded").read_text().splitlines()) == 3
+
+
+def test_the_outcome_is_of_the_last_start(tiny_recipe: dict, tmp_path: Path) -> None:
+    config = config_for(tiny_recipe, tmp_path, train={"stop_after_step": 2})
+    train(config)
+    outcome = tmp_path / "tiny/outcome"
+    assert outcome.read_text() == "stopped at step 2\n"
+    train(config_for(tiny_recipe, tmp_path), resume=True)
+    assert outcome.read_text() == "finished at step 6\n"
+    with pytest.raises(CheckpointError):
+        train(config_for(tiny_recipe, tmp_path))
+    assert outcome.read_text() == "finished at step 6\n", "a start that is refused changes nothing"
 
 
 @pytest.mark.parametrize("use_ema", [True, False])

@@ -38,6 +38,18 @@ def test_the_first_signal_sets_the_flag_and_handlers_come_back(number: signal.Si
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_wish_to_be_requeued_outlives_a_stop(number: signal.Signals) -> None:
+    before = signal.getsignal(number)
+    for order in ([number, signal.SIGTERM], [signal.SIGTERM, number]):
+        with catch_stop_signals() as stop:
+            for each in order:
+                os.kill(os.getpid(), each)
+            assert stop
+            assert stop.requeue
+    assert signal.getsignal(number) == before
+
+
 def interrupt_twice(seen: list[bool]) -> None:
     with catch_stop_signals() as stop:
         os.kill(os.getpid(), signal.SIGINT)

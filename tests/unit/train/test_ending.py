@@ -1,0 +1,72 @@
+"""Which errors are explained, and that a job explains once."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from xdlm_megatron.checkpoint.writer import SaveError
+from xdlm_megatron.train.ending import (
+    Progress,
+    TrainingError,
+    failures_explained,
+    forget_outcome,
+    record_outcome,
+)
+
+GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:3042"
+
+
+def explain(error: Exception, progress: Progress) -> TrainingError:
+    def all_reduce() -> None:
+        raise error
+
+    with pytest.raises(TrainingError) as caught, failures_explained(progress):
+        all_reduce()
+    return caught.value
+
+
+@pytest.mark.parametrize("error", [RuntimeError(GLOO), dist.DistBackendError("NCCL: remote process exited")])
+def test_a_lost_process(error: Exception) -> None:
+    message = str(explain(error, Progress(doing="step 12")))
+    assert message.startswith("step 12: another process has died or does not answer (all_reduce: ")
+    assert message.endswith("; look for its last lines above, then go on by --resume")
+    assert "third_party" not in message
+    assert "\n" not in message
+
+
+def test_a_disk_that_refuses(tmp_path: Path) -> None:
+    progress = Progress("save of step 3", tmp_path)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert "save of step 3: cannot write to" in str(explain(full, progress))
+    assert "No space left on device; make room" in str(explain(full, progress))
+    assert str(explain(SaveError("cannot save step 3"), progress)) == "cannot save step 3"
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ValueError("a knob"), PermissionError(13, "no")]
+)
+def test_other_errors_stay_as_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as caught, failures_explained(Progress("step 1", tmp_path)):
+        raise error
+    assert caught.value is error
+    assert not (tmp_path / "outcome").exists()
+
+
+def test_the_first_process_tells(tmp_path: Path) -> None:
+    progress = Progress("step 2", tmp_path)
+    assert [explain(TrainingError("too many NaN"), progress).untold for _ in range(3)] == [True, False, False]
+    assert (tmp_path / "outcome").read_text() == "failed: too many NaN\n"
+    forget_outcome(tmp_path)
+    forget_outcome(tmp_path)
+    assert record_outcome(tmp_path, "finished at step 3")
+    assert not record_outcome(tmp_path, "failed: later")
+    assert (tmp_path / "outcome").read_text() == "finished at step 3\n"
+
+
+def test_a_process_that_cannot_write_tells_all_the_same(tmp_path: Path) -> None:
+    assert record_outcome(tmp_path / "gone", "failed: x")
