@@ -94,7 +94,7 @@ class ReverseStep:
         Only positions of free_BS, bool, may change. Where logits are needed, z_s is z_t still.
         """
         at_M = torch.arange(zt_BS.numel(), device=zt_BS.device)
-        counters = self._counters(at_M, zt_BS.shape[1])
+        counters = self.counters(at_M, zt_BS.shape[1])
         jump_M, component_M = _jump_uniforms(counters)
         masked_M = self.noise.is_mask(zt_BS.flatten())
         moves_M = free_BS.flatten() & (jump_M < jump_bound(self.alpha_s, self.alpha_t))
@@ -118,7 +118,7 @@ class ReverseStep:
         this with the same positions and gets the same ids. Raises ValueError on NaN.
         """
         shard = tiled_shard(logits_NP.shape[1], self.noise, group)
-        z_M, counters = zt_BS.flatten()[at_M], self._counters(at_M, zt_BS.shape[1])
+        z_M, counters = zt_BS.flatten()[at_M], self.counters(at_M, zt_BS.shape[1])
         rows = (logits_NP, index_M)
         nucleus = None
         if self.top_p < 1:
@@ -137,7 +137,8 @@ class ReverseStep:
         signal_M = shares_R3M[:, 2].amax(0) - exponential(*counters.words(TOKEN_DRAW)[:2]).log2()
         return torch.where(self.noise.is_mask(z_M) | (signal_M < key_M + floor.log2()), new_M, z_M)
 
-    def _counters(self, at_M: Tensor, S: int) -> "Counters":
+    def counters(self, at_M: Tensor, S: int) -> "Counters":
+        """Of the flat positions at_M in [B, S]."""
         return Counters(self.key, self.step, at_M % S, self.row_B[at_M // S])
 
     def _noise_ids(self, counters: "Counters", component_M: Tensor) -> Tensor:
