@@ -40,6 +40,10 @@ bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
 	$(BIN)/python -m tests.distributed.layouts > benchmarks/results/cpu/layouts.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py --tokens 2048 --dtypes float32 bfloat16
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_posterior.py --tokens 256
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py --layers 12 --hidden 768 --vocab 50258 \
+		--name sampling_paper_small
 
 ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:5000
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[ui]"

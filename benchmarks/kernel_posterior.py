@@ -158,11 +158,10 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         f"    {args.command}",
         "",
         "Logits of every position are given; memory is the peak above them, seconds are this process's own.",
-        "GB/s: bytes of logits a second, where the draw reads every row; of a copy: as a share of what a copy",
-        "of the logits moves (read and written) in the same process.",
+        "GB/s: bytes of logits a second, where the draw reads every row; of a copy: its share of what a",
+        "copy of the logits moves (read and written) in the same process.",
         "",
-        "| V | logits | step | form | rows read | seconds | MiB | time ratio | memory ratio | GB/s | of a copy "
-        "|",
+        "| V | logits | step | form | rows | seconds | MiB | time ratio | memory ratio | GB/s | of a copy |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:

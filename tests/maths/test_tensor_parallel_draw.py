@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
-from xdlm_megatron.diffusion.sampler import _most_probable
+from xdlm_megatron.diffusion.sampler import most_probable
 
 WORLD = 4
 B, S = 4, 2750
@@ -46,7 +46,7 @@ def draws(rank, tp, group):
                 at = undecided.flatten().nonzero()[:, 0]
                 zs.view(-1)[at] = step.pick(zt, at, shard, rows[at], group)
                 found.append(zs.flatten())
-            found.append(_most_probable(noise, at, shard, rows[at], group))
+            found.append(most_probable(noise, at, shard, rows[at], group))
     return torch.cat(found)
 
 
@@ -60,7 +60,7 @@ def run_rank(rank, folder):
         assert torch.equal(draws(rank % 2, 2, pairs[rank // 2]), want)
         assert torch.equal(draws(rank, 4, dist.group.WORLD), want)
         with pytest.raises(ValueError, match=r"4 ranks with 9 columns .* pad it to a multiple of 32"):
-            _most_probable(
+            most_probable(
                 StationaryNoise(0.3, 30, 1), want[:1], torch.zeros(1, 9), want[:1] * 0, dist.group.WORLD
             )
     finally:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, shard_rows
+from xdlm_megatron.diffusion.shard_rows import LOG2_E, refuse_nan, shard_rows
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 DIGITS = 256
@@ -50,11 +50,15 @@ def find_nucleus(
     top_p: float,
     group: dist.ProcessGroup | None,
 ) -> Nucleus:
-    """The nucleus of the rows index_M of logits_NP, as this rank of the group needs it; top_p in (0, 1)."""
+    """The nucleus of the rows index_M of logits_NP, as this rank of the group needs it; top_p in (0, 1).
+
+    Raises ValueError on NaN.
+    """
     floor_M = torch.empty(len(index_M), device=logits_NP.device)
     last_M = torch.empty_like(index_M)
     for rows, x_CP in shard_rows(logits_NP, index_M, shard, beside=4 * DIGITS):
         top_C = gather_ranks(x_CP.amax(-1), group).amax(0)
+        refuse_nan(top_C)
         mass_CP = ((x_CP - top_C[:, None]) * (LOG2_E / temperature)).exp2_().mul_(UNIT).long()
         key_C, above_C, within_C, budget_C = _search(ordered_bits(x_CP), mass_CP, top_p, group)
         floor_M[rows] = from_ordered_bits(key_C)
@@ -95,7 +99,9 @@ def _search(
             digit_CP = (key_CP >> shift) & (DIGITS - 1)
             mass_CP = torch.where(inside_CP, mass_CP, 0)
         histogram_CD = mass_CP.new_zeros(len(key_CP), DIGITS).scatter_add_(1, digit_CP, mass_CP)
-        down_CD = gather_ranks(histogram_CD, group).sum(0).flip(-1).cumsum(-1)
+        if group is not None:
+            dist.all_reduce(histogram_CD, group=group)
+        down_CD = histogram_CD.flip(-1).cumsum(-1)
         if inside_CP is None:
             total_C = down_CD[:, -1]
             budget_C = torch.minimum((total_C.double() * top_p).long(), total_C - 1)

@@ -1,5 +1,5 @@
-"""The reverse step p_theta(z_s | z_t) = q(z_s | z_t, x0 := p): dense for reading, a four-component mixture
-for work.
+"""The reverse step p_theta(z_s | z_t) = q(z_s | z_t, x0 := p) to read: dense, and as a mixture of four laws.
+posterior_draw.py draws from it.
 
 Source: XDLM (arXiv 2602.01362), Lemma 3.3; the mixture is derived in docs/maths.md. beta is taken as 1 -
 alpha, so these are float64 affairs. s < t, alpha_s > alpha_t; alpha_s = 1 is the noise removal step.

@@ -26,6 +26,8 @@ Shape suffixes: B batch, S sequence, N rows of logits, M rows at work, C rows of
 T tiles of it, R ranks.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -62,91 +64,8 @@ class Counters:
         position, row = self.position_M.view(-1, *extra), self.row_M.view(-1, *extra)
         return philox(self.key, (position, self.step, row, draw))
 
-    def __getitem__(self, rows: slice | Tensor) -> "Counters":
+    def __getitem__(self, rows: slice | Tensor) -> Counters:
         return Counters(self.key, self.step, self.position_M[rows], self.row_M[rows])
-
-
-class ReverseStep:
-    """One step from t to s: which positions leave their value, and for what."""
-
-    def __init__(
-        self,
-        key: Key,
-        step: int,
-        row_B: Tensor,
-        noise: StationaryNoise,
-        alpha_s: Tensor,
-        alpha_t: Tensor,
-        temperature: float = 1.0,
-        top_p: float = 1.0,
-        draw: "DrawShard | None" = None,
-    ) -> None:
-        """alpha_s, alpha_t: float64 scalars. row_B: int64 [B], names the rows for the random numbers. draw:
-        stage 1, draw_shard by default.
-        """
-        self.key, self.step, self.row_B, self.noise = key, step, row_B, noise
-        self.alpha_s, self.alpha_t = alpha_s.to(row_B.device), alpha_t.to(row_B.device)
-        self.temperature, self.top_p, self.draw = temperature, top_p, draw or draw_shard
-
-    def settle(self, zt_BS: Tensor, free_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """(z_s where random numbers alone decide it, bool: positions that need logits), both [B, S].
-
-        Only positions of free_BS, bool, may change. Where logits are needed, z_s is z_t still.
-        """
-        at_M = torch.arange(zt_BS.numel(), device=zt_BS.device)
-        counters = self.counters(at_M, zt_BS.shape[1])
-        jump_M, component_M = _jump_uniforms(counters)
-        masked_M = self.noise.is_mask(zt_BS.flatten())
-        moves_M = free_BS.flatten() & (jump_M < jump_bound(self.alpha_s, self.alpha_t))
-        if self.noise.uniform_ratio == 0:
-            moves_M &= masked_M
-        done_M = moves_M & masked_M & (component_M >= self.alpha_s)
-        zs_M = torch.where(done_M, self._noise_ids(counters, component_M), zt_BS.flatten())
-        return zs_M.view_as(zt_BS), (moves_M & ~done_M).view_as(zt_BS)
-
-    def pick(
-        self,
-        zt_BS: Tensor,
-        at_M: Tensor,
-        logits_NP: Tensor,
-        index_M: Tensor,
-        group: dist.ProcessGroup | None = None,
-    ) -> Tensor:
-        """z_s at the flat positions at_M of zt_BS, which settle() said need logits: int64 [M].
-
-        Row index_M[i] of logits_NP, this rank's columns, belongs to at_M[i]. Every rank of the group calls
-        this with the same positions and gets the same ids. Raises ValueError on NaN.
-        """
-        shard = tiled_shard(logits_NP.shape[1], self.noise, group)
-        z_M, counters = zt_BS.flatten()[at_M], self.counters(at_M, zt_BS.shape[1])
-        rows = (logits_NP, index_M)
-        nucleus = None
-        if self.top_p < 1:
-            nucleus = find_nucleus(*rows, shard, self.temperature, self.top_p, group)
-        share_3M = self.draw(*rows, z_M, counters, shard, self.temperature, nucleus)
-        shares_R3M = gather_ranks(share_3M, group)
-        key_M, token_M = winner_of_ranks(shares_R3M)
-        if bool(key_M.isnan().any()):
-            raise ValueError(
-                f"the network's output is NaN at {int(key_M.isnan().sum())} of {len(at_M)} positions in step "
-                f"{self.step + 1}; these weights cannot be sampled from"
-            )
-        component_M = _jump_uniforms(counters)[1]
-        new_M = torch.where(component_M < self.alpha_s, token_M, self._noise_ids(counters, component_M))
-        floor = self.noise.floor(self.alpha_t, 1 - self.alpha_t)
-        signal_M = shares_R3M[:, 2].amax(0) - exponential(*counters.words(TOKEN_DRAW)[:2]).log2()
-        return torch.where(self.noise.is_mask(z_M) | (signal_M < key_M + floor.log2()), new_M, z_M)
-
-    def counters(self, at_M: Tensor, S: int) -> "Counters":
-        """Of the flat positions at_M in [B, S]."""
-        return Counters(self.key, self.step, at_M % S, self.row_B[at_M // S])
-
-    def _noise_ids(self, counters: "Counters", component_M: Tensor) -> Tensor:
-        uniform_M = bounded_int(counters.words(NOISE_DRAW)[0], self.noise.vocab_size)
-        if self.noise.mask_id is None:
-            return uniform_M
-        threshold = self.alpha_s + (1 - self.alpha_s) * self.noise.uniform_ratio
-        return torch.where(component_M < threshold, uniform_M, self.noise.mask_id)
 
 
 class DrawShard(Protocol):
@@ -175,10 +94,10 @@ def draw_shard(
 ) -> Tensor:
     """A token of each row from this rank's columns: float64 [3, M], (key, id, x of z_t).
 
-    logits_NP: any float dtype; index_M: which of its rows are drawn from. zt_M: int64 global ids. shard:
-    its first id is a multiple of 8. nucleus: None is all of p. The key is -inf, and the id
-    without meaning, where the shard has no token of p; x is -inf where z_t is the mask, outside the nucleus
-    or another rank's.
+    logits_NP: any float dtype; index_M: which of its rows are drawn from. zt_M: int64 global ids. shard: its
+    first id is a multiple of 8. nucleus: None is all of p. The key is -inf, and the id without meaning, where
+    the shard has no token of p, and NaN where a logit is; x is -inf where z_t is the mask, outside the
+    nucleus or another rank's.
     """
     draw_3M = torch.empty(3, len(index_M), dtype=torch.float64, device=logits_NP.device)
     scale = LOG2_E / temperature
@@ -237,14 +156,92 @@ def _inverse_cdf(weight_C8: Tensor, u_C: Tensor) -> Tensor:
     return (cdf_C8 <= target_C[:, None]).sum(-1)
 
 
-def _jump_uniforms(counters: Counters) -> tuple[Tensor, Tensor]:
-    """float64 [M] twice: decides whether a position may jump, decides the component."""
-    w0, w1, w2, w3 = counters.words(JUMP_DRAW)
-    return unit_interval(w0, w1), unit_interval(w2, w3)
-
-
 def pick_column(x_CP: Tensor, column_C: Tensor) -> Tensor:
     """x[i, column_i], [C]; -inf where the column is another rank's."""
     owned_C = (column_C >= 0) & (column_C < x_CP.shape[1])
     picked_C = x_CP.gather(1, torch.where(owned_C, column_C, 0)[:, None])[:, 0]
     return torch.where(owned_C, picked_C, -torch.inf)
+
+
+class ReverseStep:
+    """One step from t to s: which positions leave their value, and for what."""
+
+    def __init__(
+        self,
+        key: Key,
+        step: int,
+        row_B: Tensor,
+        noise: StationaryNoise,
+        alpha_s: Tensor,
+        alpha_t: Tensor,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        draw: DrawShard = draw_shard,
+    ) -> None:
+        """alpha_s, alpha_t: float64 scalars. row_B: int64 [B], names the rows for the random numbers. draw:
+        who reads the logits.
+        """
+        self.key, self.step, self.row_B, self.noise = key, step, row_B, noise
+        self.alpha_s, self.alpha_t = alpha_s.to(row_B.device), alpha_t.to(row_B.device)
+        self.temperature, self.top_p, self.draw = temperature, top_p, draw
+
+    def settle(self, zt_BS: Tensor, free_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """(z_s where random numbers alone decide it, bool: positions that need logits), both [B, S].
+
+        Only positions of free_BS, bool, may change. Where logits are needed, z_s is z_t still.
+        """
+        at_M = torch.arange(zt_BS.numel(), device=zt_BS.device)
+        counters = self.counters(at_M, zt_BS.shape[1])
+        jump_M, component_M = _jump_uniforms(counters)
+        masked_M = self.noise.is_mask(zt_BS.flatten())
+        moves_M = free_BS.flatten() & (jump_M < jump_bound(self.alpha_s, self.alpha_t))
+        if self.noise.uniform_ratio == 0:
+            moves_M &= masked_M
+        done_M = moves_M & masked_M & (component_M >= self.alpha_s)
+        zs_M = torch.where(done_M, self._noise_ids(counters, component_M), zt_BS.flatten())
+        return zs_M.view_as(zt_BS), (moves_M & ~done_M).view_as(zt_BS)
+
+    def pick(
+        self,
+        zt_BS: Tensor,
+        at_M: Tensor,
+        logits_NP: Tensor,
+        index_M: Tensor,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """z_s at the flat positions at_M of zt_BS, which settle() said need logits: int64 [M].
+
+        Row index_M[i] of logits_NP, this rank's columns, belongs to at_M[i]. Every rank of the group calls
+        this with the same positions and gets the same ids. Raises ValueError on NaN.
+        """
+        shard = tiled_shard(logits_NP.shape[1], self.noise, group)
+        z_M, counters = zt_BS.flatten()[at_M], self.counters(at_M, zt_BS.shape[1])
+        rows = (logits_NP, index_M)
+        nucleus = None
+        if self.top_p < 1:
+            nucleus = find_nucleus(*rows, shard, self.temperature, self.top_p, group)
+        share_3M = self.draw(*rows, z_M, counters, shard, self.temperature, nucleus)
+        shares_R3M = gather_ranks(share_3M, group)
+        key_M, token_M = winner_of_ranks(shares_R3M)
+        component_M = _jump_uniforms(counters)[1]
+        new_M = torch.where(component_M < self.alpha_s, token_M, self._noise_ids(counters, component_M))
+        floor = self.noise.floor(self.alpha_t, 1 - self.alpha_t)
+        signal_M = shares_R3M[:, 2].amax(0) - exponential(*counters.words(TOKEN_DRAW)[:2]).log2()
+        return torch.where(self.noise.is_mask(z_M) | (signal_M < key_M + floor.log2()), new_M, z_M)
+
+    def counters(self, at_M: Tensor, S: int) -> Counters:
+        """Of the flat positions at_M in [B, S]."""
+        return Counters(self.key, self.step, at_M % S, self.row_B[at_M // S])
+
+    def _noise_ids(self, counters: Counters, component_M: Tensor) -> Tensor:
+        uniform_M = bounded_int(counters.words(NOISE_DRAW)[0], self.noise.vocab_size)
+        if self.noise.mask_id is None:
+            return uniform_M
+        threshold = self.alpha_s + (1 - self.alpha_s) * self.noise.uniform_ratio
+        return torch.where(component_M < threshold, uniform_M, self.noise.mask_id)
+
+
+def _jump_uniforms(counters: Counters) -> tuple[Tensor, Tensor]:
+    """float64 [M] twice: decides whether a position may jump, decides the component."""
+    w0, w1, w2, w3 = counters.words(JUMP_DRAW)
+    return unit_interval(w0, w1), unit_interval(w2, w3)

@@ -103,7 +103,7 @@ def sample(
         if on_step is not None:
             on_step(step, num_calls, float(times[step + 1]), zt_BS)
     if final == "greedy":
-        zt_BS = _predict(denoise, zt_BS).replace(zt_BS, free_BS, partial(_most_probable, noise))
+        zt_BS = _predict(denoise, zt_BS).replace(zt_BS, free_BS, partial(most_probable, noise))
         if on_step is not None:
             on_step(num_steps, num_calls, 0.0, zt_BS)
     return zt_BS
@@ -114,13 +114,14 @@ def _predict(denoise: Denoise, zt_BS: Tensor) -> Prediction:
     return Logits(output) if isinstance(output, Tensor) else output
 
 
-def _most_probable(
+def most_probable(
     noise: StationaryNoise,
     at_M: Tensor,
     logits_NP: Tensor,
     index_M: Tensor,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
+    """The likeliest ids [M], the lowest of equals; after `noise`, a pick of Prediction. ValueError on NaN."""
     shard = tiled_shard(logits_NP.shape[1], noise, group)
     return winner_of_ranks(gather_ranks(best_shard(logits_NP, index_M, shard), group))[1]
 

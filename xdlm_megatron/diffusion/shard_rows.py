@@ -50,9 +50,10 @@ def best_shard(logits_NP: Tensor, index_M: Tensor, shard: Shard) -> Tensor:
 
 def winner_of_ranks(shares_RKM: Tensor) -> tuple[Tensor, Tensor]:
     """The ranks' (value, id, ...) -> the largest value and its id, the lowest rank's of equals: float64 and
-    int64 [M].
+    int64 [M]. Raises ValueError on NaN.
     """
     value_M, rank_M = shares_RKM[:, 0].max(0)
+    refuse_nan(value_M)
     return value_M, shares_RKM[:, 1].gather(0, rank_M[None])[0].long()
 
 
@@ -68,3 +69,12 @@ def tiled_shard(P: int, noise: StationaryNoise, group: dist.ProcessGroup | None)
             f"would depend on the number of ranks; pad it to a multiple of {TILE * ranks}"
         )
     return shard_of(P, noise, group)
+
+
+def refuse_nan(value_M: Tensor) -> None:
+    """Raises ValueError where a row's number is NaN, because one of its logits is."""
+    if count := int(value_M.isnan().sum()):
+        raise ValueError(
+            f"the network's output is NaN at {count} of {len(value_M)} positions; "
+            "these weights cannot be sampled from"
+        )

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xdlm_megatron.diffusion.counter_rng import Stream
-from xdlm_megatron.diffusion.head_nelbo import CHUNK_ELEMENTS
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
 from xdlm_megatron.diffusion.sampler import Denoise, Pick, sample
@@ -25,6 +24,9 @@ from xdlm_megatron.diffusion.schedule import Schedule
 from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.parallel.schedule import run_schedule
+
+# Elements of the logits that exist at once: enough rows for a fast product, and little beside the weight.
+CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +171,7 @@ class HeadPrediction:
             hidden_MH = self.hidden_SBH[column_M, row_M]
             group = groups.tp if groups.tp.size() > 1 else None
             at_M = row_M * ids_BS.shape[1] + column_M + own.start
-            tokens = max(1, CHUNK_ELEMENTS.get(hidden_MH.device.type, 1 << 27) // len(self.weight_PH))
+            tokens = max(1, CHUNK_ELEMENTS.get(hidden_MH.device.type, 1 << 26) // len(self.weight_PH))
             for at_C, hidden_CH in zip(at_M.split(tokens), hidden_MH.split(tokens), strict=True):
                 index_C = torch.arange(len(at_C), device=at_C.device)
                 ids_BS.view(-1)[at_C] = pick(at_C, hidden_CH @ self.weight_PH.t(), index_C, group)

@@ -17,7 +17,7 @@ from xdlm_megatron.diffusion.posterior_draw import (
     tile_exponentials,
 )
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.sampler import Logits
+from xdlm_megatron.diffusion.sampler import Logits, most_probable
 
 KEY = (3, Stream.SAMPLE_STEP)
 V, MASK = 45, 44
@@ -114,11 +114,15 @@ def test_only_undecided_rows_are_read_and_they_are_few(k):
         assert undecided[~masked & free].double().mean() == pytest.approx(bound, rel=0.1)
 
 
-def test_nan_is_an_error_not_a_text():
+@pytest.mark.parametrize("top_p", [1.0, 0.9, None])
+def test_nan_is_an_error_not_a_text(top_p):
+    """In a draw, in a nucleus, and for the likeliest token."""
     noise = StationaryNoise(0.0, V, MASK)
     zt = torch.full((2, 3), MASK)
-    step = ReverseStep(KEY, 6, torch.arange(2), noise, f64(1.0), f64(0.5))
+    pick = partial(most_probable, noise)
+    if top_p is not None:
+        pick = partial(ReverseStep(KEY, 6, torch.arange(2), noise, f64(1.0), f64(0.5), top_p=top_p).pick, zt)
     logits = torch.zeros(2, 3, V)
     logits[1, 2, 4] = torch.nan
-    with pytest.raises(ValueError, match=r"NaN at 1 of 6 positions in step 7; these weights cannot be"):
-        Logits(logits).replace(zt, torch.ones_like(zt, dtype=torch.bool), partial(step.pick, zt))
+    with pytest.raises(ValueError, match=r"output is NaN at 1 of 6 positions; these weights cannot be"):
+        Logits(logits).replace(zt, torch.ones_like(zt, dtype=torch.bool), pick)
