@@ -51,9 +51,7 @@ def assert_same_draw(got: Tensor, want: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("V", "rows", "M"), [(250, 40, 400), (1003, 20, 200), (32003, 6, 6), (131072, 2, 2)]
-)
+@pytest.mark.parametrize(("V", "rows", "M"), [(250, 40, 400), (1003, 20, 200), (32003, 6, 6), (131072, 2, 2)])
 def test_it_draws_the_twin_s_ids(
     draw: DrawShard, library: Library, V: int, rows: int, M: int, dtype: torch.dtype
 ) -> None:
