@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart test check test-unit test-distributed test-slurm bench ui clean
+.PHONY: help quickstart test check test-unit test-gpu test-distributed test-slurm bench ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -27,6 +27,9 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 test-unit: $(VENV)/.installed-dev  ## proofs of the maths and unit tests
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slurm"
 
+test-gpu: $(VENV)/.installed-dev  ## the kernels on this machine's GPU
+	$(BIN)/python -m pytest -m gpu
+
 test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
 	$(BIN)/python -m pytest -m distributed
 
@@ -39,7 +42,8 @@ test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ on a real Slurm, wh
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
 	$(BIN)/python -m tests.distributed.layouts > benchmarks/results/cpu/layouts.md
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py --tokens 2048 --dtypes float32 bfloat16
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_nelbo.py --vocab 32768 131072
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_posterior.py --tokens 256
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py --layers 12 --hidden 768 --vocab 50258 \

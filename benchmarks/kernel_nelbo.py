@@ -7,10 +7,10 @@ twin      vocab_parallel_nelbo on its PyTorch row operations, gradient in place
 split     the same on our kernels, as several ranks use them: each of the passes reads the logits
 whole     the same on our kernels where one rank has the vocabulary: one read, one write
 
-Every way gets the same logits. `bytes` is what it must move a logit: counted over its operators for eager
-and twin (what they read and write, were there no cache), known for kernels. `of copy` is the time that
-copying that many bytes takes on this device, measured in the same run, over the time it took. The floor is
-one read and one write. Memory is the peak above the inputs, the logits among them.
+Every way gets the same logits. `bytes` is what it moves a logit: counted over its operators for eager (what
+they read and write; no cache holds it), known for the kernels; the twin works in a cache. `of copy` is the
+time that copying that many bytes takes on this device, measured in the same run, over the time it took. The
+floor is one read and one write. Memory is the peak above the inputs, the logits among them.
 
     python benchmarks/kernel_nelbo.py                                     # a GPU: all of it, minutes
     python benchmarks/kernel_nelbo.py --tokens 256 --vocab 32768 126464   # a CPU: eager, compiled, twin
@@ -79,11 +79,11 @@ class CountBytes(TorchDispatchMode):
 
 
 def bytes_per_logit(impl: str, step: Step, args: argparse.Namespace, device: torch.device) -> float | None:
-    """Of kernels: their passes, each a read, and one write. Of PyTorch code: counted on a few rows."""
+    """Of kernels: their passes, each a read, and one write. Of eager: counted on a few rows."""
     size = DTYPES[args.dtype].itemsize
     if impl in ("split", "whole"):
         return size * (2 if impl == "whole" else 4)
-    if impl not in ("eager", "twin"):
+    if impl != "eager":
         return None
     few = argparse.Namespace(**vars(args) | {"tokens": 2 * args.batch})
     logits, *rest = make_inputs(few, device)

@@ -42,7 +42,7 @@ XDLM_KERNEL(kThreads, kBlocksPerSm) whole_kernel(XdlmRows rows, float* XDLM_REST
   const int rank = int(block_index() % cluster), begin = rank * slice;
   const int columns = larger(0, smaller(slice, int(rows.columns) - begin));
   const Part target = part_of(rows, row, begin, columns, aligned(out, out_stride));
-  T* mine = out + row * out_stride + begin;
+  T* mine = out == nullptr ? nullptr : out + row * out_stride + begin;
   if (!is_live(rows, row)) {
     if (out != nullptr) zero_pass(mine, target);
     if (rank == 0 && thread_index() == 0) {

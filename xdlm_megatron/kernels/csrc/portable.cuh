@@ -153,7 +153,8 @@ template <class T> XDLM_DEVICE T shuffle_xor(T value, int mask) {
 }
 #if __CUDA_ARCH__ >= 900
 XDLM_DEVICE void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  // not .aligned: the threads of a warp may come from different branches
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 // The same place in the shared memory of another block of the cluster.
 template <class T> XDLM_DEVICE T* in_block(T* place, int rank) {
