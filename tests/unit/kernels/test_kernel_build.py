@@ -6,8 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.row_ops import Shard, Tokens
 from xdlm_megatron.kernels import build
+from xdlm_megatron.kernels.library import KernelError, Library
+from xdlm_megatron.kernels.nelbo import nelbo_row_ops
 
 needs_nvcc = pytest.mark.skipif(build.find_nvcc() is None, reason="needs nvcc")
 needs_cxx = pytest.mark.skipif(build.find_cxx() is None, reason="needs g++")
@@ -50,6 +55,17 @@ def test_a_library_is_built_once_by_whoever_comes_first(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [first.name], "nothing is left aside"
     stamp = first.stat().st_mtime_ns
     assert build.build("host", folder=tmp_path).stat().st_mtime_ns == stamp
+
+
+@needs_nvcc
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_cuda_library_loads_without_a_gpu_and_refuses_in_words(tmp_path: Path) -> None:
+    library = Library(build.build("cuda", ["sm_90a"], folder=tmp_path), "cpu")
+    ids, ones = torch.zeros(2, dtype=torch.int64), torch.ones(2)
+    with pytest.raises(KernelError, match=r"xdlm_nelbo_stats: .*(driver|device).* \(error \d+\)"):
+        nelbo_row_ops(library).stats(
+            torch.zeros(2, 8), Tokens(ids, ids, ones, ones, ones), Shard(StationaryNoise(0.1, 8, 7))
+        )
 
 
 def test_the_name_changes_with_sources_and_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
