@@ -220,8 +220,7 @@ def _loss_limits(
 
 
 def _tokens_per_step(records: Sequence[Mapping[str, Any]]) -> float | None:
-    """Tokens a step, from the last record that counts them; None when none does."""
-    for record in reversed(records):
-        if record.get("consumed_tokens") and record["step"]:
-            return float(record["consumed_tokens"] / record["step"])
-    return None
+    """Tokens a step; None where no record counts them, or where the batch has grown."""
+    counted = [record for record in records if record.get("consumed_tokens") and record["step"]]
+    rates = {float(record["consumed_tokens"] / record["step"]) for record in counted}
+    return rates.pop() if len(rates) == 1 else None

@@ -129,6 +129,7 @@ class Saver:
         return self._writer.is_written
 
     def begin(self, state: TrainState) -> None:
+        self._writer.publish()  # first, so that the memory of its copies is free
         self._writer.begin(state.step, self._run.state_to_save(state))
 
     def publish(self) -> None:
@@ -172,7 +173,7 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         start = _choose_start(config, mesh, resume, allow_fallback)
         mesh.on_main(lambda: forget_outcome(run.folder))
         progress.folder = run.folder
-        progress.doing = f"load of {start}"
+        progress.doing = "start" if start is None else f"load of {start}"
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
         if mesh.is_main:

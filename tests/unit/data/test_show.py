@@ -105,3 +105,13 @@ def test_a_step_outside_the_run_is_refused(tiny_recipe: dict, step: int) -> None
         DataError, match=rf"step {step} is not of this run; choose one of 1 to train.num_steps=20"
     ):
         load_batch(small_config(tiny_recipe), step, 1)
+
+
+def test_training_reads_these_samples_while_batches_grow(tiny_recipe: dict) -> None:
+    """Batches of 4, 4, 6, 6 and 8: step 5 begins with sample 20."""
+    config = small_config(tiny_recipe, train={"rampup_batch_size": [4, 2, 16]})
+    ids, batch = load_batch(config, 5, 100)
+    assert ids == list(range(20, 28))
+    whole = build_train_samples(config, torch.device("cpu"))
+    assert torch.equal(batch.zt_BS, whole.build(np.arange(20, 28), np.arange(8), 8).zt_BS)
+    assert load_batch(config, 3, 100)[0] == list(range(8, 14))

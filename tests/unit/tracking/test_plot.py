@@ -13,12 +13,12 @@ from xdlm_megatron.tracking.plot import curve, draw_runs, read_run, save_figure,
 TOOL = Path(__file__).parents[3] / "tools" / "plot_run.py"
 
 
-def write_run(run_dir, steps=200, tokens_per_step=1000):
+def write_run(run_dir, steps=200, tokens_per_step=1000, missing_tokens=0):
     run_dir.mkdir(parents=True)
     with open(run_dir / "metrics.jsonl", "wb") as file:
         for step in range(1, steps + 1):
             metrics = {
-                "consumed_tokens": step * tokens_per_step,
+                "consumed_tokens": step * tokens_per_step - missing_tokens,
                 "train/nelbo": math.nan if step == 7 else 2.0 + 5.0 / step,
                 "train/lr": 1e-4,
                 "train/grad_norm": 1.0,
@@ -68,6 +68,11 @@ def test_runs_of_different_batch_sizes_get_no_token_axis(tmp_path):
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels[0] == "a: training"
     assert labels[2] == "b: training"
+
+
+def test_growing_batches_get_no_token_axis(tmp_path):
+    write_run(tmp_path / "run", missing_tokens=500)
+    assert draw_runs({"run": read_run(tmp_path / "run")}).axes[0].child_axes == []
 
 
 def test_unknown_extension_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from xdlm_megatron.train.loop import Loop
 from xdlm_megatron.train.run import Run, build_run
 from xdlm_megatron.train.signals import StopRequest
 from xdlm_megatron.train.state import TrainState
+from xdlm_megatron.train.step import TrainStep
 
 MODEL = {"num_layers": 2, "zero_init_head": False}
 
@@ -121,6 +122,73 @@ class FakeSaver:
 
     def publish(self) -> None:
         """Nothing is in flight."""
+
+
+class SlowSaver(FakeSaver):
+    """An asynchronous one, whose files are written when the loop has asked for the second time."""
+
+    is_async = True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.asked = 0
+
+    @property
+    def is_written(self) -> bool:
+        self.asked += 1
+        return self.asked > 1
+
+    def begin(self, state: TrainState) -> None:
+        self.calls.append(f"begin {state.step}")
+        self.in_flight, self.asked = True, 0
+
+    def publish(self) -> None:
+        self.calls.append("publish")
+        self.in_flight = False
+
+
+def test_a_save_is_published_once_written_and_before_the_end(
+    tiny_recipe: dict, mesh: Mesh, tmp_path: Path
+) -> None:
+    """Saves of steps 3 and 6; each is written two steps later, the second after the run's end."""
+    run = new_run(tiny_recipe, mesh, tmp_path, train={"num_steps": 7}, checkpoint={"save_interval": 3})
+    step, saver = run.step, SlowSaver()
+    calls = saver.calls
+
+    def stepping(state: TrainState) -> Any:
+        calls.append(f"step {state.step + 1}")
+        return TrainStep.__call__(step, state)
+
+    loop = Loop(step, None, NoopTracker(), saver, peak_flops=1e9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "step", type("Spy", (), {**vars(step), "__call__": lambda _, s: stepping(s)})())
+        assert loop.run(TrainState(), StopRequest()) == "finished"
+    assert calls == [
+        *(f"step {n}" for n in (1, 2, 3)),
+        "begin 3",
+        "step 4",
+        "step 5",
+        "publish",
+        "step 6",
+        "begin 6",
+        "step 7",
+        "publish",
+        "begin 7",
+        "publish",
+    ]
+
+
+def test_a_hopeless_run_publishes_what_it_has_begun(tiny_recipe: dict, mesh: Mesh, tmp_path: Path) -> None:
+    """The checkpoint of the good step 1 is what the user is told to go on from."""
+    run = new_run(tiny_recipe, mesh, tmp_path, train={"max_skipped_steps": 1, "micro_batch_size": 8})
+    poison(run, {1})
+    run.step.config = dataclasses.replace(
+        run.step.config, checkpoint=dataclasses.replace(run.step.config.checkpoint, save_interval=1)
+    )
+    saver = SlowSaver()
+    with pytest.raises(TrainingError):
+        Loop(run.step, None, NoopTracker(), saver, peak_flops=1e9).run(TrainState(), StopRequest())
+    assert saver.calls == ["begin 1", "publish"]
 
 
 def test_too_many_in_a_row_end_the_run(tiny_recipe: dict, mesh: Mesh, tmp_path: Path) -> None:
