@@ -126,6 +126,12 @@ def truncate_after(path: str | Path, step: int) -> int:
     return len(dropped)
 
 
+def flush_to_disk(path: str | Path) -> None:
+    """Wait until the disk has what was written: a machine that fails keeps the lines before a checkpoint."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _step_of(line: bytes) -> int:
     try:
         return int(decode_line(line)["step"])

@@ -32,7 +32,7 @@ from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 from xdlm_megatron.tracking.console import ConsoleTracker
-from xdlm_megatron.tracking.jsonl import JsonlTracker, truncate_after
+from xdlm_megatron.tracking.jsonl import JsonlTracker, flush_to_disk, truncate_after
 from xdlm_megatron.tracking.mlflow import MlflowTracker
 from xdlm_megatron.tracking.tracker import CompositeTracker, NoopTracker, Tracker
 from xdlm_megatron.train.ending import (
@@ -130,6 +130,8 @@ class Saver:
 
     def begin(self, state: TrainState) -> None:
         self._writer.publish()  # first, so that the memory of its copies is free
+        if self._run.mesh.is_main:
+            flush_to_disk(self._run.folder / METRICS)
         self._writer.begin(state.step, self._run.state_to_save(state))
 
     def publish(self) -> None:
