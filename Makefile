@@ -41,6 +41,7 @@ test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ on a real Slurm, wh
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint_save.py > benchmarks/results/cpu/checkpoint_save.md
 	$(BIN)/python -m tests.distributed.layouts > benchmarks/results/cpu/layouts.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_nelbo.py --vocab 32768 131072
