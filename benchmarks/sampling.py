@@ -10,6 +10,8 @@ above the model. Seconds are the process's own on a CPU, so that other processes
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import platform
 import subprocess
@@ -86,8 +88,7 @@ def measure(args: argparse.Namespace) -> dict:
             noise = StationaryNoise(UNIFORM_RATIO, vocab, vocab - 1)
             draw = choose_kernels("auto", mesh.device).draw_shard
             options = SampleOptions(num_steps=args.steps, num_samples=args.batch)
-            baseline = memory_mib(mesh.device, peak=False)
-            forget_peak(mesh.device)
+            baseline = baseline_mib(mesh.device)
             start = clock(mesh.device)
             if args.impl == "dense":
                 sample_dense(chunks[0], args, noise, S)
@@ -99,12 +100,17 @@ def measure(args: argparse.Namespace) -> dict:
     return {"seconds": seconds, "peak_mib": peak - baseline}
 
 
-def forget_peak(device: torch.device) -> None:
-    """Peaks before this do not count: building a model takes more than the model."""
+def baseline_mib(device: torch.device) -> float:
+    """What is held now. Building a model takes more than the model: that is given back, and its peak
+    forgotten.
+    """
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+    return memory_mib(device, peak=False)
 
 
 def peak_mib(device: torch.device) -> float:

@@ -39,13 +39,7 @@ def rows_of(logits_NP: Tensor, tokens: Tokens, shard: Shard) -> Rows:
         ValueError: another dtype than float32 and bfloat16; columns apart; ids or rates of the wrong dtype.
     """
     noise, first_id = shard
-    if logits_NP.dtype not in DTYPES:
-        raise ValueError(
-            f"logits of dtype {logits_NP.dtype}: the kernels take float32 and bfloat16; "
-            "cast them, or use the reference implementation"
-        )
-    if logits_NP.stride(1) != 1 and logits_NP.shape[1] > 1:
-        raise ValueError(f"logits with strides {logits_NP.stride()}: columns must be contiguous")
+    check_logits(logits_NP)
     for name, dtype in (("zt_N", torch.int64), ("x0_N", torch.int64), *((r, torch.float32) for r in RATES)):
         given = getattr(tokens, name)
         if given.dtype != dtype or not given.is_contiguous() or given.device != logits_NP.device:
@@ -61,6 +55,17 @@ def rows_of(logits_NP: Tensor, tokens: Tokens, shard: Shard) -> Rows:
         *(first_id, noise.vocab_size, -1 if noise.mask_id is None else noise.mask_id),
         noise.uniform_ratio,
     )
+
+
+def check_logits(logits_NP: Tensor) -> None:
+    """Raises ValueError on another dtype than float32 and bfloat16, and on columns apart."""
+    if logits_NP.dtype not in DTYPES:
+        raise ValueError(
+            f"logits of dtype {logits_NP.dtype}: the kernels take float32 and bfloat16; "
+            "cast them, or use the reference implementation"
+        )
+    if logits_NP.stride(1) != 1 and logits_NP.shape[1] > 1:
+        raise ValueError(f"logits with strides {logits_NP.stride()}: columns must be contiguous")
 
 
 RATES = ("alpha_N", "beta_N", "dalpha_N")

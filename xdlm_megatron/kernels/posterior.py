@@ -11,7 +11,7 @@ from xdlm_megatron.diffusion.nucleus import Nucleus
 from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE
-from xdlm_megatron.kernels.library import DTYPES, Library
+from xdlm_megatron.kernels.library import DTYPES, Library, check_logits
 
 
 class Draw(ctypes.Structure):
@@ -67,13 +67,7 @@ def posterior_draw(library: Library) -> DrawShard:
 
 
 def _check(library: Library, logits_NP: Tensor, ids_4M: Tensor, first_id: int) -> None:
-    if logits_NP.dtype not in DTYPES:
-        raise ValueError(
-            f"logits of dtype {logits_NP.dtype}: the kernels take float32 and bfloat16; "
-            "cast them, or use the reference implementation"
-        )
-    if logits_NP.stride(1) != 1 and logits_NP.shape[1] > 1:
-        raise ValueError(f"logits with strides {logits_NP.stride()}: columns must be contiguous")
+    check_logits(logits_NP)
     if logits_NP.device.type != library.device_type or ids_4M.device != logits_NP.device:
         raise ValueError(
             f"logits on {logits_NP.device}, rows on {ids_4M.device}: "
