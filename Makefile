@@ -44,6 +44,9 @@ bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint_save.py > benchmarks/results/cpu/checkpoint_save.md
 	$(BIN)/python -m tests.distributed.layouts > benchmarks/results/cpu/layouts.md
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py --tokens 2048 --dtypes bfloat16 --name head_loss_bfloat16
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/head_loss.py --tokens 2048 --uniform-ratio 0 --impls logits fused summed \
+		--name head_loss_mask_noise
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_nelbo.py --vocab 32768 131072
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kernel_posterior.py --tokens 256
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py

@@ -146,6 +146,7 @@ def main() -> None:
         "--impls", nargs="+", choices=IMPLS, default=IMPLS, help="the first is the base of ratios"
     )
     parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results/DEVICE]")
+    parser.add_argument("--name", default="head_loss", help="of the results' files")
     parser.add_argument("--measure", action="store_true", help="measure one case here and print it as JSON")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="with --measure")
     parser.add_argument("--impl", choices=IMPLS, default="fused", help="with --measure")
@@ -164,11 +165,11 @@ def main() -> None:
     folder = args.out or Path(__file__).parent / "results" / args.device
     folder.mkdir(parents=True, exist_ok=True)
     text = report(args, rows)
-    (folder / "head_loss.md").write_text(text)
+    (folder / f"{args.name}.md").write_text(text)
     machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
     machine |= {"name": device_name(args), "tokens": args.tokens, "hidden": args.hidden, "vocab": args.vocab}
     result = {"command": args.command, "machine": machine, "uniform_ratio": args.uniform_ratio, "rows": rows}
-    (folder / "head_loss.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
     print(text)
 
 

@@ -70,7 +70,8 @@ def head_nelbo(
 
     main_grad_PH: float32, the caller's sum of the weight's gradients. Forward adds this batch's for an
     upstream gradient of 1, and autograd gets none for the weight; backward adds the rest if the upstream
-    gradient is another. So backward must follow every forward under autograd.
+    gradient is another. So backward must follow every forward under autograd, and a token with dalpha != 0
+    must be finite even if its upstream gradient is 0.
 
     The gradient of hidden_BSH is this rank's share, as that of any column-parallel product: the caller sums
     it over the group (all-reduce, or reduce-scatter with sequence parallelism). Rows of the weight that
