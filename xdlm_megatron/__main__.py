@@ -139,6 +139,17 @@ def _fit(options: argparse.Namespace) -> int:
     return 0
 
 
+def _plan(options: argparse.Namespace) -> int:
+    config = load_recipe(options.recipe, options.overrides)
+    from xdlm_megatron.launch.plan import choose_gpu, make_plan, to_json
+    from xdlm_megatron.launch.table import as_text
+
+    gpu = choose_gpu(options.gpu, options.gpu_memory)
+    plan = make_plan(config, gpu, options.gpus, options.top)
+    print(to_json(plan) if options.json else as_text(plan, config.run.name), flush=True)
+    return 0
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether this package raised it: what others raise is a bug, and needs its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -185,6 +196,7 @@ _TOP_P = _number(float, "in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1)
 _DRAWS = _number(int, "a whole number of at least 20", lambda n: n >= 20)
 _LEVEL = _number(float, "in (0, 1)", lambda x: 0 < x < 1)
 _FLOPS = _number(float, "a positive number of FLOPs, such as 1e21", lambda x: 0 < x < float("inf"))
+_GIB = _number(float, "a positive number of GiB", lambda x: 0 < x < float("inf"))
 _FRAMES = _number(int, "0, or at least 2: the start and the end", lambda n: n == 0 or n >= 2)
 
 
@@ -226,6 +238,14 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
         if name == "sample":
             _add_sample_options(added)
+    plan = verb("plan", _plan, "memory, time and the best layout of a recipe on a cluster")
+    plan.add_argument("--gpu", default="h100", help="GPU type (default h100); an unknown one lists them")
+    plan.add_argument("--gpus", type=_COUNT, default=8, help="GPUs in all (default 8)")
+    plan.add_argument(
+        "--gpu-memory", type=_GIB, help="GiB of a GPU that a process finds (default: its type's)"
+    )
+    plan.add_argument("--top", type=_COUNT, default=8, help="layouts to show (default 8)")
+    plan.add_argument("--json", action="store_true", help="everything as JSON, bytes and seconds")
     _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser
 

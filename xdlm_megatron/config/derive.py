@@ -35,8 +35,16 @@ def run_folder(config: RunConfig) -> Path:
 
 def padded_vocab_size(config: RunConfig) -> int:
     """vocab_size rounded up to a multiple of make_vocab_size_divisible_by * tensor_model_parallel_size."""
-    unit = config.data.make_vocab_size_divisible_by * config.parallel.tensor_model_parallel_size
-    return -(-config.data.vocab_size // unit) * unit
+    data = config.data
+    return pad_vocab_size(
+        data.vocab_size, data.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
+    )
+
+
+def pad_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+    """Rounded up, so that every tensor-parallel rank has equally many rows in multiples of divisible_by."""
+    unit = divisible_by * tensor_model_parallel_size
+    return -(-vocab_size // unit) * unit
 
 
 def keeps_documents_apart(data: Data) -> bool:

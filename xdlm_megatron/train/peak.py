@@ -6,17 +6,16 @@ import time
 
 import torch
 
-# Dense bf16 FLOP/s from NVIDIA's data sheets; float32 training on them is not what MFU is asked for.
-_DATA_SHEET = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12, "L40S": 362e12}
+from xdlm_megatron.launch.gpus import GPUS
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     """FLOP/s and where the figure is from: the data sheet, or the fastest of a few matrix products here."""
     if device.type == "cuda" and dtype is torch.bfloat16:
         name = torch.cuda.get_device_name(device)
-        for model, flops in _DATA_SHEET.items():
-            if model in name:
-                return flops, f"{model} data sheet"
+        for gpu in GPUS.values():  # float32 training is not what MFU is asked for
+            if gpu.model in name:
+                return gpu.bf16_flops, f"{gpu.model} data sheet"
     return _measured(device, dtype), "fastest matrix product measured at the start"
 
 

@@ -1,0 +1,221 @@
+"""A recipe as the planner sees it: the sizes of its model, and the layouts that could train it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from xdlm_megatron.config.derive import (
+    data_parallel_size,
+    flops_per_token,
+    keeps_documents_apart,
+    kv_channels,
+    num_parameters,
+    num_query_groups,
+    pad_vocab_size,
+)
+from xdlm_megatron.config.schema import RunConfig
+
+Recompute = Literal["none", "mlp", "full"]
+RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "full")
+MAX_CONTEXT = 32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a recipe costs memory and time. query, key: widths of all query and all key heads."""
+
+    num_layers: int
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    head: int
+    vocab_size: int
+    vocab_unit: int
+    seq_length: int
+    qk_layernorm: bool
+    tied: bool
+    dropout: bool
+    masked: bool
+    dtype: str
+    distributed_optimizer: bool
+    ema: bool
+    global_batch: int
+    num_steps: int
+    num_parameters: int
+    flops_per_token: float
+
+    @classmethod
+    def of(cls, config: RunConfig) -> Shape:
+        model, data = config.model, config.data
+        return cls(
+            num_layers=model.num_layers,
+            hidden=model.hidden_size,
+            ffn=model.ffn_hidden_size,
+            heads=model.num_attention_heads,
+            groups=num_query_groups(config),
+            head=kv_channels(config),
+            vocab_size=data.vocab_size,
+            vocab_unit=data.make_vocab_size_divisible_by,
+            seq_length=data.seq_length,
+            qk_layernorm=model.qk_layernorm,
+            tied=model.share_embeddings_and_output_weights,
+            dropout=model.hidden_dropout > 0,
+            masked=keeps_documents_apart(data),
+            dtype=config.precision.dtype,
+            distributed_optimizer=config.optimizer.use_distributed_optimizer,
+            ema=config.optimizer.ema_decay > 0,
+            global_batch=config.train.global_batch_size,
+            num_steps=config.train.num_steps,
+            num_parameters=num_parameters(config),
+            flops_per_token=flops_per_token(config),
+        )
+
+    @property
+    def query(self) -> int:
+        return self.heads * self.head
+
+    @property
+    def key(self) -> int:
+        return self.groups * self.head
+
+    @property
+    def bytes(self) -> int:
+        """Of a parameter or an activation."""
+        return 2 if self.dtype == "bfloat16" else 4
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `world` processes share the work; dp is what the other sizes leave."""
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    sequence_parallel: bool = False
+    micro_batch: int = 1
+    recompute: Recompute = "none"
+    fuse_head: bool = False
+
+    @property
+    def dp(self) -> int:
+        return self.world // (self.tp * self.pp * self.cp)
+
+    @property
+    def sequence_slices(self) -> int:
+        """Tensor-parallel ranks over which norms and residuals are split."""
+        return self.tp if self.sequence_parallel else 1
+
+    def microbatches(self, shape: Shape) -> int:
+        return shape.global_batch // (self.micro_batch * self.dp)
+
+    def tokens(self, shape: Shape) -> int:
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return self.micro_batch * shape.seq_length // self.cp
+
+    def layers(self, shape: Shape) -> int:
+        """Layers of a pipeline stage."""
+        return shape.num_layers // self.pp
+
+    def padded_vocab(self, shape: Shape) -> int:
+        return pad_vocab_size(shape.vocab_size, shape.vocab_unit, self.tp)
+
+    def overrides(self) -> list[str]:
+        """The layout as a recipe's overrides."""
+        names = {
+            "parallel.tensor_model_parallel_size": str(self.tp),
+            "parallel.pipeline_model_parallel_size": str(self.pp),
+            "parallel.virtual_pipeline_model_parallel_size": str(self.vpp) if self.vpp > 1 else "null",
+            "parallel.context_parallel_size": str(self.cp),
+            "parallel.sequence_parallel": str(self.sequence_parallel).lower(),
+            "train.micro_batch_size": str(self.micro_batch),
+            "train.fuse_head": str(self.fuse_head).lower(),
+        }
+        fields = {
+            "none": {"granularity": "null"},
+            "mlp": {"granularity": "selective", "modules": "[mlp]"},
+            "full": {"granularity": "full", "method": "uniform", "num_layers": "1"},
+        }[self.recompute]
+        names |= {f"model.mcore.recompute_{key}": value for key, value in fields.items()}
+        return [f"{name}={value}" for name, value in names.items()]
+
+
+def recipe_layout(config: RunConfig, world: int) -> Layout:
+    """The layout that the recipe asks for. Raises ValueError where `world` is no multiple of it."""
+    parallel = config.parallel
+    sizes = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    data_parallel_size(world, *sizes)
+    return Layout(
+        world,
+        *sizes[:2],
+        vpp=parallel.virtual_pipeline_model_parallel_size or 1,
+        cp=sizes[2],
+        sequence_parallel=parallel.sequence_parallel,
+        micro_batch=config.train.micro_batch_size,
+        recompute=recipe_recompute(config),
+        fuse_head=config.train.fuse_head,
+    )
+
+
+def recipe_recompute(config: RunConfig) -> Recompute:
+    """What the recipe's `model.mcore` recomputes, as near as the planner knows it."""
+    mcore = config.model.mcore
+    if mcore.get("recompute_granularity") == "full":
+        return "full"
+    modules = mcore.get("recompute_modules") or []
+    return "mlp" if mcore.get("recompute_granularity") == "selective" and "mlp" in modules else "none"
+
+
+def all_layouts(shape: Shape, world: int, per_node: int, fuse_head: bool) -> Iterator[Layout]:
+    """Every layout of `world` processes that the model's sizes and the batch divide into.
+
+    Tensor parallelism stays within a node and takes sequence parallelism where the sequence divides.
+    """
+    for tp in _divisors(world, per_node):
+        if shape.heads % tp or shape.groups % tp or shape.ffn % tp:
+            continue
+        for pp in _divisors(world // tp, shape.num_layers):
+            if shape.num_layers % pp:
+                continue
+            for cp in _divisors(world // (tp * pp), MAX_CONTEXT):
+                if shape.seq_length % cp:
+                    continue
+                base = Layout(
+                    world,
+                    tp=tp,
+                    pp=pp,
+                    cp=cp,
+                    sequence_parallel=tp > 1 and shape.seq_length % (cp * tp) == 0,
+                    fuse_head=fuse_head,
+                )
+                yield from _batched(shape, base)
+
+
+def _batched(shape: Shape, base: Layout) -> Iterator[Layout]:
+    """The layout with every micro-batch size, recomputation and interleaving that it allows."""
+    if shape.global_batch % base.dp:
+        return
+    per_rank = shape.global_batch // base.dp
+    for micro_batch in _divisors(per_rank, 64):
+        microbatches = per_rank // micro_batch
+        for vpp in _divisors(base.layers(shape), 8):
+            if vpp > 1 and (base.pp == 1 or microbatches % base.pp):
+                continue
+            for recompute in RECOMPUTES:
+                yield replace(base, micro_batch=micro_batch, vpp=vpp, recompute=recompute)
+
+
+def _divisors(number: int, largest: int) -> list[int]:
+    return [n for n in range(1, min(number, largest) + 1) if number % n == 0]
