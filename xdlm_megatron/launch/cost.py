@@ -113,7 +113,7 @@ def step_cost(shape: Shape, layout: Layout, gpu: Gpu) -> Step:
         bubble_share=bubble_share,
         mfu=achieved / gpu.flops(shape.dtype),
         tokens_per_second=tokens_per_second,
-        days=seconds.total * shape.num_steps / 86400,
+        days=shape.total_tokens / tokens_per_second / 86400,
     )
 
 

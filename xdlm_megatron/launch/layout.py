@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from xdlm_megatron.config.derive import (
+    consumed_after,
     data_parallel_size,
     flops_per_token,
     keeps_documents_apart,
@@ -18,13 +20,18 @@ from xdlm_megatron.config.derive import (
 from xdlm_megatron.config.schema import RunConfig
 
 Recompute = Literal["none", "mlp", "full"]
+FuseHead = Literal["auto", "always", "never"]
 RECOMPUTES: tuple[Recompute, ...] = ("none", "mlp", "full")
 MAX_CONTEXT = 32
+FUSED_CHUNK = 1 << 27  # elements of logits at once: diffusion/head_nelbo.py, CHUNK_ELEMENTS["cuda"]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a recipe costs memory and time. query, key: widths of all query and all key heads."""
+    """What of a recipe costs memory and time. query, key: widths of all query and all key heads.
+
+    masks_only: uniform_ratio is 0. batch_unit: divides every batch of a ramp-up; global_batch without one.
+    """
 
     num_layers: int
     hidden: int
@@ -42,8 +49,10 @@ class Shape:
     dtype: str
     distributed_optimizer: bool
     ema: bool
+    masks_only: bool
     global_batch: int
-    num_steps: int
+    batch_unit: int
+    total_tokens: int
     num_parameters: int
     flops_per_token: float
 
@@ -67,8 +76,10 @@ class Shape:
             dtype=config.precision.dtype,
             distributed_optimizer=config.optimizer.use_distributed_optimizer,
             ema=config.optimizer.ema_decay > 0,
+            masks_only=config.diffusion.uniform_ratio == 0,
             global_batch=config.train.global_batch_size,
-            num_steps=config.train.num_steps,
+            batch_unit=math.gcd(config.train.global_batch_size, *(config.train.rampup_batch_size or ())[:2]),
+            total_tokens=consumed_after(config.train, config.train.num_steps) * data.seq_length,
             num_parameters=num_parameters(config),
             flops_per_token=flops_per_token(config),
         )
@@ -103,7 +114,7 @@ class Layout:
     sequence_parallel: bool = False
     micro_batch: int = 1
     recompute: Recompute = "none"
-    fuse_head: bool = False
+    fuse_head: FuseHead = "auto"
 
     @property
     def dp(self) -> int:
@@ -128,6 +139,13 @@ class Layout:
     def padded_vocab(self, shape: Shape) -> int:
         return pad_vocab_size(shape.vocab_size, shape.vocab_unit, self.tp)
 
+    def fuses_head(self, shape: Shape) -> bool:
+        """Head and loss together, by the rule of diffusion/head_nelbo.py: fusing_pays."""
+        if self.fuse_head != "auto":
+            return self.fuse_head == "always"
+        columns = self.padded_vocab(shape) // self.tp
+        return shape.masks_only or self.tokens(shape) * columns > FUSED_CHUNK
+
     def overrides(self) -> list[str]:
         """The layout as a recipe's overrides."""
         names = {
@@ -137,7 +155,7 @@ class Layout:
             "parallel.context_parallel_size": str(self.cp),
             "parallel.sequence_parallel": str(self.sequence_parallel).lower(),
             "train.micro_batch_size": str(self.micro_batch),
-            "train.fuse_head": str(self.fuse_head).lower(),
+            "train.fuse_head": self.fuse_head,
         }
         fields = {
             "none": {"granularity": "null"},
@@ -178,7 +196,7 @@ def recipe_recompute(config: RunConfig) -> Recompute:
     return "mlp" if mcore.get("recompute_granularity") == "selective" and "mlp" in modules else "none"
 
 
-def all_layouts(shape: Shape, world: int, per_node: int, fuse_head: bool) -> Iterator[Layout]:
+def all_layouts(shape: Shape, world: int, per_node: int, fuse_head: FuseHead) -> Iterator[Layout]:
     """Every layout of `world` processes that the model's sizes and the batch divide into.
 
     Tensor parallelism stays within a node and takes sequence parallelism where the sequence divides.
@@ -205,9 +223,9 @@ def all_layouts(shape: Shape, world: int, per_node: int, fuse_head: bool) -> Ite
 
 def _batched(shape: Shape, base: Layout) -> Iterator[Layout]:
     """The layout with every micro-batch size, recomputation and interleaving that it allows."""
-    if shape.global_batch % base.dp:
+    if shape.batch_unit % base.dp:
         return
-    per_rank = shape.global_batch // base.dp
+    per_rank = shape.batch_unit // base.dp
     for micro_batch in _divisors(per_rank, 64):
         microbatches = per_rank // micro_batch
         for vpp in _divisors(base.layers(shape), 8):

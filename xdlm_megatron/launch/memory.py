@@ -12,10 +12,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from xdlm_megatron.launch.gpus import GIB
-from xdlm_megatron.launch.layout import Layout, Shape
+from xdlm_megatron.launch.layout import FUSED_CHUNK, Layout, Shape
 
 RESERVE = 3 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
-FUSED_CHUNK = 1 << 27  # elements of logits at once: diffusion/head_nelbo.py, CHUNK_ELEMENTS["cuda"]
 MAIN, MOMENTS, AVERAGE = 4, 8, 4  # float32 bytes a parameter
 
 
@@ -139,8 +138,7 @@ def head_bytes(shape: Shape, layout: Layout) -> float:
     kept = (
         hidden / layout.sequence_slices + hidden + 4 * 6 * t
     )  # the norm's input and output; rows of the loss
-    if not layout.fuse_head:
+    if not layout.fuses_head(shape):
         return kept + t * shard * e
-    weight = shard * shape.hidden
-    chunk = min(t, max(1, FUSED_CHUNK // shard)) * shard * e
-    return kept + hidden + chunk + weight * (4 + e)  # the hidden gradient; the weight's, and a chunk's share
+    # The gradient of the hidden states, and a chunk of logits; the weight's goes straight to the sum.
+    return kept + hidden + min(t, max(1, FUSED_CHUNK // shard)) * shard * e

@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 from xdlm_megatron.launch.cost import ASSUMPTIONS, Step
 from xdlm_megatron.launch.gpus import GIB
-from xdlm_megatron.launch.layout import RECOMPUTES, Layout
+from xdlm_megatron.launch.layout import RECOMPUTES, FuseHead, Layout
 from xdlm_megatron.launch.memory import RESERVE, Memory, head_bytes, stage_memory
 from xdlm_megatron.launch.plan import Candidate, Plan
 from xdlm_megatron.tracking.console import with_unit
@@ -51,7 +51,7 @@ def _reserve() -> str:
 def _head(plan: Plan, name: str) -> list[str]:
     shape, gpu = plan.shape, plan.gpu
     rate = gpu.flops(shape.dtype) / 1e12
-    tokens = shape.tokens_per_step * shape.num_steps
+    tokens = shape.total_tokens
     return [
         f"{name} on {plan.world} x {gpu.name}: {gpu.memory / GIB:.1f} GiB, {rate:.0f} TFLOP/s in "
         f"{shape.dtype}, {gpu.per_node} a node ({gpu.source})",
@@ -90,11 +90,10 @@ def _choices(plan: Plan, layout: Layout, part: str) -> str:
         shown = ", ".join(f"{name} {value / GIB:.2f}" for name, value in values.items())
         return f"   recompute {layout.recompute}; by choice: {shown}"
     if part == "head_and_loss":
-        fused, apart = (
-            head_bytes(plan.shape, replace(layout, fuse_head=fuse)) / GIB for fuse in (True, False)
-        )
+        choices: tuple[FuseHead, ...] = ("always", "never")
+        fused, apart = (head_bytes(plan.shape, replace(layout, fuse_head=c)) / GIB for c in choices)
         where = "" if layout.pp == 1 else ", on the last stage"
-        return f"   fuse_head {str(layout.fuse_head).lower()}; fused {fused:.2f}, apart {apart:.2f}{where}"
+        return f"   fuse_head {layout.fuse_head}; fused {fused:.2f}, apart {apart:.2f}{where}"
     return ""
 
 

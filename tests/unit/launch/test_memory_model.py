@@ -12,6 +12,7 @@ from tests.unit.launch.ranks import FULL, MLP, rank_of, recipe, run_forward, sav
 from tests.unit.model.small import small_config
 from xdlm_megatron.config.derive import num_parameters
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.diffusion.head_nelbo import CHUNK_ELEMENTS, fusing_pays
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 from xdlm_megatron.launch.layout import Layout, Shape, recipe_layout
@@ -209,7 +210,7 @@ def test_micro_batches_in_flight(layout: Layout, stage: int, layers: int) -> Non
 @pytest.mark.parametrize(("world", "parallel"), [(1, {}), (2, TP), (2, SP)])
 def test_what_head_and_loss_keep(dtype: str, world: int, parallel: dict[str, Any]) -> None:
     """Logits, the head's input and the loss's terms; the final norm's input is bound to what norms keep."""
-    config = recipe(1, dtype, parallel=parallel)
+    config = recipe(1, dtype, parallel=parallel, train={"fuse_head": "never"})
     noise = StationaryNoise(0.5, 45, 44)
 
     def kept(with_head: bool) -> int:
@@ -241,15 +242,23 @@ def test_what_head_and_loss_keep(dtype: str, world: int, parallel: dict[str, Any
     assert model == measured - head_input + t * 40 * e
 
 
-def test_a_fused_head_has_a_chunk_of_logits_and_the_weights_gradient() -> None:
-    config = recipe(1, "bfloat16", data={"vocab_size": 126_464, "make_vocab_size_divisible_by": 128})
-    shape = Shape.of(config)
-    few, many = Layout(1, micro_batch=2), Layout(1, micro_batch=4096)
-    weight = 126_464 * 40
-    rows = (2**27) // 126_464
-    for layout, tokens, chunk in ((few, 32, 32), (many, 65_536, rows)):
-        fused = head_bytes(shape, Layout(1, micro_batch=layout.micro_batch, fuse_head=True))
-        apart = head_bytes(shape, layout)
-        assert apart - fused == tokens * 126_464 * 2 - (tokens * 40 * 2 + chunk * 126_464 * 2 + weight * 6)
-    # with few tokens the weight's gradient is the larger
-    assert head_bytes(shape, few) < head_bytes(shape, Layout(1, micro_batch=2, fuse_head=True))
+def test_a_fused_head_has_a_chunk_of_logits() -> None:
+    vocabulary = {"vocab_size": 126_464, "make_vocab_size_divisible_by": 128}
+    shape = Shape.of(recipe(1, "bfloat16", data=vocabulary))
+    rows = CHUNK_ELEMENTS["cuda"] // 126_464
+    for tokens, chunk in ((32, 32), (65_536, rows)):
+        apart, fused = (
+            head_bytes(shape, Layout(1, micro_batch=tokens // 16, fuse_head=choice))
+            for choice in ("never", "always")
+        )
+        assert apart - fused == (tokens - chunk) * 126_464 * 2 - tokens * 40 * 2
+
+
+@pytest.mark.parametrize("uniform_ratio", [0.0, 0.1])
+@pytest.mark.parametrize("micro_batch", [1, 64, 67, 512])
+def test_auto_fuses_where_training_does(uniform_ratio: float, micro_batch: int) -> None:
+    vocabulary = {"vocab_size": 126_464, "make_vocab_size_divisible_by": 128}
+    config = recipe(1, "bfloat16", data=vocabulary, diffusion={"uniform_ratio": uniform_ratio})
+    noise = StationaryNoise(uniform_ratio, 126_464, 44)
+    pays = fusing_pays(micro_batch * 16, 126_464, noise, "cuda")
+    assert Layout(1, micro_batch=micro_batch).fuses_head(Shape.of(config)) == pays

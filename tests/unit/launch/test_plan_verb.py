@@ -52,7 +52,7 @@ def test_the_table_tells_memory_time_and_layouts(eight: Path, capfd: pytest.Capt
     for part in ("weights", "gradients", "optimizer", "ema", "activations", "head and loss", "total"):
         assert f"    {part} " in said
     assert "recompute none; by choice: none " in said
-    assert "fuse_head false; fused " in said
+    assert "fuse_head auto; fused " in said
     assert "the recipe's layout: tensor 4 with sequence parallelism, pipeline 1" in said
     assert "predicted: MFU " in said
     assert "layouts that fit, fastest first" in said
@@ -67,7 +67,7 @@ def test_what_does_not_fit_says_by_how_much(eight: Path, capfd: pytest.CaptureFi
     assert "NOTHING FITS of " in said
     config, gpu = load_recipe(eight), GPUS["a100-40"]
     shape = Shape.of(config)
-    least = min(price(shape, layout, gpu).memory.total for layout in all_layouts(shape, 4, 8, False))
+    least = min(price(shape, layout, gpu).memory.total for layout in all_layouts(shape, 4, 8, "auto"))
     assert f"it needs {least / GIB:.1f} GiB, {(least - gpu.memory) / GIB:.1f} more than there are" in said
     assert (
         main(["plan", str(eight), "--gpu", "a100-40", "--gpus", "4", "--gpu-memory", f"{least / GIB + 1}"])
@@ -113,7 +113,7 @@ def test_the_search_leaves_nothing_out(eight: Path) -> None:
             continue
         for recompute in RECOMPUTES:
             found.add(Layout(16, tp, pp, vpp, cp, tp > 1, micro, recompute))
-    tried = list(all_layouts(shape, 16, 8, fuse_head=False))
+    tried = list(all_layouts(shape, 16, 8, fuse_head="auto"))
     assert set(tried) == found
     assert len(tried) == len(found)
     best = min((c for c in (price(shape, layout, gpu) for layout in found) if c.fits), key=lambda c: c.cost)
@@ -127,6 +127,17 @@ def test_thousands_of_gpus_take_seconds(eight: Path) -> None:
     assert time.process_time() - start < 10
     assert plan.num_tried > 3000
     assert plan.ranked
+
+
+def test_a_growing_batch_divides_at_every_size(eight: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    overrides = ["train.rampup_batch_size=[256,96,100000]"]
+    ranked = plan_json(capfd, eight, *overrides, "--gpus", 64, "--top", 30)["ranked"]
+    assert {found["layout"]["dp"] for found in ranked} <= {1, 2, 4, 8, 16, 32}  # 32 divides 256 and 96
+    for found in ranked:
+        config = load_recipe(eight, [*overrides, *found["overrides"]])
+        derived = derive(config, 64)
+        days = derived.total_tokens / found["step"]["tokens_per_second"] / 86400
+        assert found["step"]["days"] == pytest.approx(days)
 
 
 def test_json_adds_up(eight: Path, capfd: pytest.CaptureFixture[str]) -> None:
