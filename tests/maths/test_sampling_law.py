@@ -63,7 +63,9 @@ def test_one_step_draws_from_the_dense_posterior(noise, alpha_s):
         assert_drawn_from(one_step(logits, z, noise, alpha_s, 0.3), law)
 
 
-@pytest.mark.parametrize("noise", noises(), ids=noise_name)
+@pytest.mark.parametrize(
+    "noise", [n for n in noises() if n.uniform_ratio in (0.0, 0.1, 0.5, 1.0)], ids=noise_name
+)
 @pytest.mark.parametrize("alpha_s", [0.5, 1.0])
 @pytest.mark.parametrize(
     "reshaped", [{"temperature": 0.6}, {"top_p": 0.8}, {"temperature": 1.7, "top_p": 0.7}]
