@@ -158,6 +158,11 @@ CASES: dict[str, tuple[Change, list[str], list[str]]] = {
         TRAIN,
         ["time_per=document", "packing=stream", "; take"],
     ),
+    "kernels without a GPU": (
+        field("train.kernels", "cuda"),
+        [*TRAIN, "run.name=other"],
+        ["train.kernels=cuda cannot be had on cpu", "no GPU here", "; or let train.kernels be auto"],
+    ),
     # layouts
     "too few processes": (
         NOTHING,
