@@ -15,7 +15,7 @@ template <class T> XDLM_KERNEL(kThreads) stats_kernel(XdlmRows rows, float* XDLM
   if (live) {
     const Part part = part_of(rows, row, 0, int(rows.columns), aligned(logits, rows.row_stride));
     const T* source = logits + row * rows.row_stride;
-    softmax = reduce_block(stats_pass<T>(source, part, nullptr), MergeSoftmax{}, reinterpret_cast<Softmax*>(shared_memory()));
+    softmax = reduce_block(stats_pass(source, part), MergeSoftmax{}, reinterpret_cast<Softmax*>(shared_memory()));
     l_x = pick(source, part.x0, part);
     l_z = pick(source, part.zt, part);
   }

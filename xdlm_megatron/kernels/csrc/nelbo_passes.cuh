@@ -14,14 +14,12 @@ struct MergeSoftmax {
 };
 
 // ---- passes over some columns of a row by the threads of a block ------------------------------------------------
-// kept, where it is not null, gets the logits: room for a multiple of 8 of them, at a multiple of 16 bytes.
-template <class T> XDLM_DEVICE Softmax stats_pass(const T* source, const Part& part, T* kept) {
+template <class T> XDLM_DEVICE Softmax stats_pass(const T* source, const Part& part) {
   Softmax softmax{-INFINITY, 0.f};
   for (int j = 8 * thread_index(); j < part.real; j += 8 * block_threads()) {
     Vector<T> v;
     float x[8];
     read8(source, j, part, v);
-    if (kept != nullptr) store(kept + j, v);
     decode(v, x);
     exclude8(x, j, part, true);
     add8(softmax, x);
@@ -41,6 +39,21 @@ template <class T> XDLM_DEVICE Sums sums_pass(const T* source, const Part& part,
     add8(sums, x, scale);
   }
   return sums;
+}
+
+// Copy the logits to shared memory that has room for whole vectors, all of them in flight at once. A thread may read
+// its own vectors, which are those of the passes, the others' after a barrier.
+template <class T> XDLM_DEVICE void keep(const T* source, const Part& part, T* kept) {
+  for (int j = 8 * thread_index(); j < part.real; j += 8 * block_threads()) {
+    if (j + 8 <= part.vectors) {
+      copy_async(kept + j, source + j);
+    } else {
+      Vector<T> v;
+      read8(source, j, part, v);
+      store(kept + j, v);
+    }
+  }
+  wait_for_copies();
 }
 
 // source and target may be the same; a thread writes what it has read itself.

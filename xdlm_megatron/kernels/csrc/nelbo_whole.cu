@@ -54,7 +54,10 @@ XDLM_KERNEL(kThreads, kBlocksPerSm) whole_kernel(XdlmRows rows, float* XDLM_REST
   if (cluster > 1) sync_cluster();  // nobody writes to a block that has not started
 
   const Part part = part_of(rows, row, begin, columns, aligned(logits, rows.row_stride));
-  Softmax softmax = stats_pass(logits + row * rows.row_stride + begin, part, kept);
+  Part in_shared = part;
+  in_shared.vectors = (columns + 7) & ~7;
+  keep(logits + row * rows.row_stride + begin, part, kept);
+  Softmax softmax = stats_pass(kept, in_shared);
   softmax = reduce_block(softmax, MergeSoftmax{}, reinterpret_cast<Softmax*>(scratch.reduce));
   if (thread_index() < cluster) {
     float* message = in_block(scratch.stats, thread_index()) + 4 * rank;
@@ -67,8 +70,6 @@ XDLM_KERNEL(kThreads, kBlocksPerSm) whole_kernel(XdlmRows rows, float* XDLM_REST
   if (thread_index() == 0) scratch.merged = merge_token(token_of(rows, row), scratch.stats, cluster, 1);
   sync_block();
 
-  Part in_shared = part;
-  in_shared.vectors = (columns + 7) & ~7;  // `kept` has room for whole vectors
   if (rows.uniform_ratio > 0.f) {
     Sums sums = sums_pass(kept, in_shared, scratch.merged.top, scratch.merged.scale);
     sums = reduce_block(sums, AddSums{}, reinterpret_cast<Sums*>(scratch.reduce));

@@ -83,6 +83,23 @@ template <class T> XDLM_FN void load(const T* address, Vector<T>& v) {
 template <class T> XDLM_FN void store(T* address, const Vector<T>& v) {
   XDLM_UNROLL for (int i = 0; i < int(sizeof(T) / 2); ++i) reinterpret_cast<Quad*>(address)[i] = v.quads[i];
 }
+// Start to copy a vector of 8 from global to shared memory; it is there, for this thread, after wait_for_copies().
+template <class T> XDLM_FN void copy_async(T* shared, const T* global) {
+#if defined(__CUDA_ARCH__)
+  const unsigned target = unsigned(__cvta_generic_to_shared(shared));
+  XDLM_UNROLL for (int i = 0; i < int(sizeof(T) / 2); ++i)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target + 16 * i),
+                 "l"(reinterpret_cast<const Quad*>(global) + i)
+                 : "memory");
+#else
+  memcpy(shared, global, 8 * sizeof(T));
+#endif
+}
+XDLM_FN void wait_for_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 template <class T> XDLM_FN void decode(const Vector<T>& v, float (&x)[8]) {
   XDLM_UNROLL for (int i = 0; i < 8; ++i) x[i] = to_float(v.items[i]);
 }
