@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -67,10 +69,23 @@ ELASTIC = {
 }
 
 
+@pytest.fixture(scope="module")
+def whole(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """whole(processes, options) -> the metrics of ten steps at one go."""
+
+    @functools.cache
+    def run(processes: int, *options: str) -> Path:
+        folder = tmp_path_factory.mktemp("whole")
+        launch(processes, "train", write_recipe(folder, recipe, "whole"), options)
+        return folder / "runs/whole/metrics.jsonl"
+
+    return run
+
+
 @pytest.mark.parametrize("optimizer", [[], [PLAIN]], ids=["distributed", "plain"])
 @pytest.mark.parametrize("way", ELASTIC)
 def test_another_layout_loads_the_same_bits_and_goes_on(
-    way: str, optimizer: list[str], recipe: dict, tmp_path: Path
+    way: str, optimizer: list[str], recipe: dict, whole: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Weights, moments and averages of the checkpoint, as the other layout saves them again at once."""
     processes, layout, other_processes, other_layout = ELASTIC[way]
@@ -90,12 +105,10 @@ def test_another_layout_loads_the_same_bits_and_goes_on(
         assert torch.equal(before[name][:rows], again[name][:rows]), name
         assert not before[name][rows:].any(), name
         assert not again[name][rows:].any(), name
-    whole = write_recipe(tmp_path, recipe, "whole")
-    launch(processes, "train", whole, [*layout, *optimizer])
+    expected_metrics = whole(processes, *layout, *optimizer)
     for name, bound in BOUNDS.items():
-        resumed, expected = (
-            read_series(tmp_path / f"runs/{run}/metrics.jsonl", name) for run in ("elastic", "whole")
-        )
+        resumed = read_series(tmp_path / "runs/elastic/metrics.jsonl", name)
+        expected = read_series(expected_metrics, name)
         shared = slice(-1, None) if name.startswith("eval/") else slice(None)  # the stop evaluated once more
         assert resumed[shared] == pytest.approx(expected[shared], rel=bound)
 

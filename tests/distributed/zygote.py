@@ -2,11 +2,11 @@
 
     python -m tests.distributed.zygote SOCKET
 
-prints "ready" and serves until its standard input ends. A connection is a run: the client sends one line,
-a JSON `Request`; a supervisor, forked for it, answers {"pids": [...]} and, once all ranks have ended,
-{"codes": [...]} (negative: the signal that ended the rank). As under torchrun, each rank has a session of its
-own, and where one ends badly the others get SIGTERM and, after a while, SIGKILL. A client that goes away ends
-its run; a zygote or a supervisor that dies takes its ranks with it.
+prints "ready" and serves until its standard input ends. A connection is a run: the client sends one line, a
+JSON object (launch.py makes it); a supervisor, forked for it, answers {"pids": [...]} and, once all ranks
+have ended, {"codes": [...]} (negative: the signal that ended the rank). As under torchrun, each rank has a
+session of its own, and where one ends badly the others get SIGTERM after a moment and SIGKILL after a while.
+A client that goes away ends its run; a zygote or a supervisor that dies takes its ranks with it.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ def serve(path: str) -> None:
         server.bind(path)
         server.listen(16)
         print("ready", flush=True)
-        while sys.stdin not in (ready := select.select([server, sys.stdin], [], [])[0]):
-            assert ready
+        while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()
             with connection:
                 if os.fork() == 0:
@@ -63,8 +62,13 @@ def serve(path: str) -> None:
 
 def _supervise(connection: socket.socket) -> None:
     _die_with_parent()
-    stream = connection.makefile("rw")
-    request = json.loads(stream.readline())
+    line = b""
+    while not line.endswith(b"\n"):
+        received = connection.recv(65536)
+        if not received:
+            return
+        line += received
+    request = json.loads(line)
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     size = request["num_processes"]
     pids = []
@@ -75,10 +79,14 @@ def _supervise(connection: socket.socket) -> None:
             place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
             _be_rank(request, {**request["environment"], **world, **place})
         pids.append(pid)
-    print(json.dumps({"pids": pids}), file=stream, flush=True)
+    _tell(connection, {"pids": pids})
     codes = _wait_for(pids, connection)
-    with suppress(BrokenPipeError):
-        print(json.dumps({"codes": [codes[pid] for pid in pids]}), file=stream, flush=True)
+    _tell(connection, {"codes": [codes[pid] for pid in pids]})
+
+
+def _tell(connection: socket.socket, message: dict[str, list[int]]) -> None:
+    with suppress(BrokenPipeError):  # the client has left
+        connection.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _wait_for(pids: list[int], connection: socket.socket) -> dict[int, int]:
@@ -90,7 +98,7 @@ def _wait_for(pids: list[int], connection: socket.socket) -> dict[int, int]:
             codes[pid] = code
             if code and end_at == NEVER:
                 end_at = time.monotonic() + SECONDS_ALONE
-        if connection and select.select([connection], [], [], POLL_SECONDS)[0]:
+        if select.select([connection], [], [], POLL_SECONDS)[0]:
             kill_at = 0.0  # the client has left
         if time.monotonic() > end_at and kill_at == NEVER:
             kill_at = time.monotonic() + SECONDS_TO_END
