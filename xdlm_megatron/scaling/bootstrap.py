@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from xdlm_megatron.scaling.isoflop import Budget
+from xdlm_megatron.scaling.isoflop import MIN_SIZES, Budget
 from xdlm_megatron.scaling.points import Array, Columns
 
 CHUNK = 50
@@ -60,7 +60,10 @@ def _resample(n: int, num_draws: int, rng: np.random.Generator) -> Array:
 
 
 def _strata(columns: Columns, budgets: list[Budget]) -> list[NDArray[np.int64]]:
-    """Runs by budget; one stratum for those in none. All in one if a run's points lie in several budgets."""
+    """Runs by budget, if it is wide enough for a valley; one stratum for the others, or for all where a run's
+    points lie in several budgets.
+    """
+    budgets = [budget for budget in budgets if len(np.unique(columns.params[budget.index])) >= MIN_SIZES]
     of_run: dict[int, set[int]] = {int(run): set() for run in np.unique(columns.cluster)}
     for number, budget in enumerate(budgets):
         for run in columns.cluster[budget.index]:

@@ -70,7 +70,13 @@ def _draw_frontier(axes: Axes, fit: SeriesFit) -> None:
     norm, colours = _by_size(fit)
     columns = fit.columns
     axes.scatter(
-        columns.flops, columns.loss, c=colours(norm(columns.params)), s=22, edgecolor="white", linewidth=0.4
+        columns.flops,
+        columns.loss,
+        c=colours(norm(columns.params)),
+        s=22,
+        edgecolor="white",
+        linewidth=0.4,
+        zorder=3,
     )
     if HUBER in fit.surfaces:
         surface = fit.surfaces[HUBER]
@@ -112,7 +118,7 @@ def _draw_valleys(axes: Axes, fit: SeriesFit) -> None:
     for valley, colour in zip(fit.valleys.valleys, colours, strict=False):
         index = valley.budget.index
         params, losses = fit.columns.params[index], fit.columns.loss[index]
-        axes.plot(params, losses, "o", color=colour, markersize=4.5, markeredgecolor="white")
+        axes.plot(params, losses, "o", color=colour, markersize=5, markeredgecolor="white", zorder=3)
         c0, c1, c2 = valley.coefficients
         if np.isfinite(c0):
             u = np.linspace(np.log(params.min()), np.log(params.max()), 80) - valley.centre
@@ -191,7 +197,7 @@ def _draw_residuals(axes: Axes, fit: SeriesFit) -> None:
     if HUBER in fit.surfaces:
         residuals = 100 * np.expm1(fit.surfaces[HUBER].residuals)
         shade = colours(norm(fit.columns.params))
-        axes.scatter(fit.columns.flops, residuals, c=shade, s=24, edgecolor="white", linewidth=0.4)
+        axes.scatter(fit.columns.flops, residuals, c=shade, s=24, edgecolor="white", linewidth=0.4, zorder=3)
         axes.margins(y=0.12)
         typical = float(np.sqrt(np.mean(residuals**2)))
         axes.axhspan(-typical, typical, color=GREY, alpha=0.12, linewidth=0)

@@ -14,7 +14,7 @@ from xdlm_megatron import __version__
 from xdlm_megatron.scaling.fit import HUBER, SQUARES, VALLEYS, Estimate, Options, Prediction, SeriesFit
 from xdlm_megatron.scaling.law import NAMES
 from xdlm_megatron.scaling.points import Collection
-from xdlm_megatron.scaling.verdict import Verdict
+from xdlm_megatron.scaling.verdict import Verdict, counted
 from xdlm_megatron.tracking.console import with_unit
 
 METHODS = (HUBER, SQUARES, VALLEYS)
@@ -50,13 +50,16 @@ def terminal_table(
     fits: Sequence[SeriesFit], verdicts: Sequence[Verdict], collection: Collection, level: float
 ) -> str:
     """A few lines for each uniform_ratio."""
-    lines = [f"{len(collection.points)} runs, {len(collection.skipped)} skipped; {level:.0%} intervals"]
+    lines = [
+        f"{counted(len(collection.points), 'run')}, {len(collection.skipped)} skipped; {level:.0%} intervals"
+    ]
     lines += [f"  skipped {row.source}: {row.reason}" for row in collection.skipped[:5]]
     if len(collection.skipped) > 5:
         lines.append(f"  ... and {len(collection.skipped) - 5} more, in fit.json")
     lines += [f"  {note}" for note in collection.notes]
     for fit, verdict in zip(fits, verdicts, strict=True):
-        lines += ["", f"{fit.label}: {len(fit.points)} runs, {len(fit.budgets)} FLOPs budgets"]
+        budgets = counted(len(fit.budgets), "FLOPs budget")
+        lines += ["", f"{fit.label}: {counted(len(fit.points), 'run')}, {budgets}"]
         for name, surface in fit.surfaces.items():
             coefficients = "  ".join(f"{key} {_short(surface.coefficients[key])}" for key in NAMES)
             lines.append(f"  {name:8} {coefficients}  N_opt ~ C^{_short(surface.opt_exponent)}")
@@ -81,7 +84,7 @@ def write_html(
     """One page that needs no network. figures: SVG texts by name."""
     parts = [
         "<h1>Scaling fit</h1>",
-        f"<p class='sub'>{len(collection.points)} runs, {len(collection.skipped)} skipped; "
+        f"<p class='sub'>{counted(len(collection.points), 'run')}, {len(collection.skipped)} skipped; "
         f"{options.level:.0%} percentile intervals of {options.draws} bootstrap draws by run, seed "
         f"{options.seed}.</p>",
         *(f"<p class='sub'>{html.escape(note)}</p>" for note in collection.notes),

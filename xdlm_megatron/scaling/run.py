@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +97,6 @@ def write(result: Result, folder: Path, options: Options) -> list[Path]:
 def run(sources: Sources, options: Options, folder: Path) -> None:
     """All of it, and the table on stdout."""
     collection = collect(sources)
-    print(f"{len(collection.points)} points collected", file=sys.stderr, flush=True)
     result = fit(collection, options, show_progress=True)
     written = write(result, folder, options)
     print(terminal_table(result.series, result.verdicts, collection, options.level))

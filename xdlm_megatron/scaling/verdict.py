@@ -38,7 +38,9 @@ def judge(fit: SeriesFit) -> Verdict:
     surface = fit.surfaces.get(HUBER)
     unsupported: dict[str, list[str]] = {"alpha": [], "beta": [], "N_opt": [], f"N_opt by {VALLEYS}": []}
     if surface is None:
-        few = f"{len(fit.columns)} runs; the law has five coefficients and needs at least {MIN_RUNS}"
+        few = (
+            f"{counted(len(fit.columns), 'run')}; the law has five coefficients and needs at least {MIN_RUNS}"
+        )
         unsupported["alpha"] = unsupported["beta"] = unsupported["N_opt"] = [few]
     else:
         unsupported["alpha"] = _axis_reasons(fit.columns.params, "sizes") + _surface_reasons(surface, "alpha")
@@ -53,6 +55,11 @@ def judge(fit: SeriesFit) -> Verdict:
         unsupported["N_opt"] += _wide_share(surface.opt_exponent)
     unsupported[f"N_opt by {VALLEYS}"] = _valley_reasons(fit)
     return Verdict({name: reasons for name, reasons in unsupported.items() if reasons}, _remarks(fit))
+
+
+def counted(number: int, noun: str) -> str:
+    """'1 run', '2 runs'."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _axis_reasons(values: Array, what: str) -> list[str]:
@@ -124,7 +131,7 @@ def _valley_reasons(fit: SeriesFit) -> list[str]:
         return ["no two sizes share a FLOPs budget"]
     sound = sum(valley.flaw is None for valley in fit.valleys.valleys)
     if sound < MIN_BUDGETS:
-        budgets = "1 budget" if len(fit.budgets) == 1 else f"{len(fit.budgets)} budgets"
+        budgets = counted(len(fit.budgets), "budget")
         return [f"{sound} of {budgets} with a minimum among the sizes; a power law needs {MIN_BUDGETS}"]
     estimate = fit.valleys.opt_exponent
     return [] if estimate is None else _wide_share(estimate)
@@ -150,7 +157,7 @@ def _remarks(fit: SeriesFit) -> list[str]:
         if valley.flaw is not None:
             remarks.append(f"{valley.budget.flops:.2g} FLOPs gives no N_opt: {valley.flaw}")
     remarks += _disagreement(fit)
-    far = [p for p in fit.predictions if p.extrapolation > FAR * (1 + 1e-9)]
+    far = [p for p in fit.predictions if p.params and p.extrapolation > FAR * (1 + 1e-9)]
     if far:
         remarks.append(
             f"predictions beyond {FAR:g} times the largest budget ({far[0].flops / far[0].extrapolation:.2g} "

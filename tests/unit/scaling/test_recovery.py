@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from tests.unit.scaling.synthetic import QUOKKA, draw_runs
+from tests.unit.scaling.synthetic import BY_RATIO, QUOKKA, draw_runs, example_points, write_table
 from xdlm_megatron.scaling import law
 from xdlm_megatron.scaling.bootstrap import draw_weights, interval
+from xdlm_megatron.scaling.collect import collect_table
 from xdlm_megatron.scaling.fit import HUBER, SQUARES, Estimate, Options, SeriesFit, fit_series
 from xdlm_megatron.scaling.isoflop import find_budgets
 from xdlm_megatron.scaling.law import ComputeLaw
 from xdlm_megatron.scaling.points import Columns, Point
 
+EXAMPLE = Path(__file__).parents[3] / "examples/scaling_points.csv"
 TRUE_EXPONENT = QUOKKA[4] / (QUOKKA[3] + QUOKKA[4])
 
 
@@ -95,6 +99,18 @@ def test_the_same_seed_gives_the_same_numbers() -> None:
     assert (
         first.surfaces[HUBER].coefficients["E"].interval != other.surfaces[HUBER].coefficients["E"].interval
     )
+
+
+def test_the_example_is_what_its_documentation_says(tmp_path: Path) -> None:
+    columns = ("run", "params", "tokens", "loss", "flops", "uniform_ratio")
+    drawn = write_table(tmp_path / "points.csv", example_points(), columns)
+    committed = collect_table(EXAMPLE)
+    assert committed.points == collect_table(drawn).points
+    assert committed.skipped == []
+    for ratio, points in committed.by_uniform_ratio().items():
+        found = fit_series(points, Options(draws=20)).surfaces[HUBER].coefficients
+        assert found["alpha"].value == pytest.approx(BY_RATIO[ratio][3], abs=0.02)
+        assert found["beta"].value == pytest.approx(BY_RATIO[ratio][4], abs=0.02)
 
 
 # The bootstrap itself
