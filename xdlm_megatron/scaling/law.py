@@ -12,6 +12,7 @@ import numpy as np
 
 from xdlm_megatron.scaling.points import Array, Columns
 
+GAMMA_BOUNDS = (0.2, 1.5)
 NAMES = ("E", "A", "B", "alpha", "beta")
 
 
@@ -25,14 +26,15 @@ class ComputeLaw:
 
     @classmethod
     def of(cls, columns: Columns) -> ComputeLaw:
-        """Least squares in logarithms. Small models spend more a parameter (attention, head): gamma < 1."""
+        """Least squares in logarithms. Small models spend more a parameter (attention, head): gamma < 1.
+
+        Where sizes are too close to tell, or differ in more than size, gamma is 1.
+        """
         x, y = np.log(columns.params), np.log(columns.flops / columns.tokens)
-        if np.ptp(x) < 1e-9:
-            gamma, constant = 1.0, float(np.mean(y - x))
-        else:
-            slope, constant = np.polyfit(x, y, 1)
-            gamma = round(float(slope), 9)
-            constant = float(np.mean(y - gamma * x))
+        gamma = round(float(np.polyfit(x, y, 1)[0]), 9) if np.ptp(x) > np.log(1.5) else 1.0
+        if not GAMMA_BOUNDS[0] <= gamma <= GAMMA_BOUNDS[1]:
+            gamma = 1.0
+        constant = float(np.mean(y - gamma * x))
         error = float(np.max(np.abs(np.expm1(constant + gamma * x - y))))
         return cls(kappa=float(np.exp(constant)), gamma=gamma, error=error)
 

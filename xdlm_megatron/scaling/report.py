@@ -61,8 +61,10 @@ def terminal_table(
         budgets = counted(len(fit.budgets), "FLOPs budget")
         lines += ["", f"{fit.label}: {counted(len(fit.points), 'run')}, {budgets}"]
         for name, surface in fit.surfaces.items():
-            coefficients = "  ".join(f"{key} {_short(surface.coefficients[key])}" for key in NAMES)
-            lines.append(f"  {name:8} {coefficients}  N_opt ~ C^{_short(surface.opt_exponent)}")
+            found = surface.coefficients
+            sizes = "  ".join(f"{key} {_number(found[key].value)}" for key in ("A", "B"))
+            shown = "  ".join(f"{key} {_short(found[key])}" for key in ("E", "alpha", "beta"))
+            lines.append(f"  {name:8} {shown}  {sizes}  N_opt ~ C^{_short(surface.opt_exponent)}")
         if fit.valleys.opt_exponent is not None:
             lines.append(f"  {VALLEYS:8} N_opt ~ C^{_short(fit.valleys.opt_exponent)}")
         lines += [_prediction_line(prediction) for prediction in fit.predictions if prediction.params]
@@ -193,14 +195,12 @@ def _short(estimate: Estimate) -> str:
 
 
 def _prediction_line(prediction: Prediction) -> str:
-    """N by every method; D and L by the first that gives them."""
-    sizes = ", ".join(f"{name} {_counted(params)}" for name, params in prediction.params.items())
-    line = f"  C {prediction.flops:.2e}: N_opt {sizes}"
-    for name, tokens in list(prediction.tokens.items())[:1]:
-        line += f"; D {with_unit(tokens.value)}"
-        if name in prediction.loss:
-            line += f", L {_short(prediction.loss[name])}"
-    return line
+    """N, D and L by the first method that gives them, N by the others."""
+    (first, params), *others = prediction.params.items()
+    beside = ", ".join(f"{name} {with_unit(estimate.value)}" for name, estimate in others)
+    line = f"  C {prediction.flops:.2e}: N_opt {_counted(params)}{f' ({beside})' if beside else ''}"
+    line += f", D {with_unit(prediction.tokens[first].value)}"
+    return line + (f", L {_short(prediction.loss[first])}" if first in prediction.loss else "")
 
 
 def _counted(estimate: Estimate) -> str:

@@ -43,8 +43,8 @@ def judge(fit: SeriesFit) -> Verdict:
         )
         unsupported["alpha"] = unsupported["beta"] = unsupported["N_opt"] = [few]
     else:
-        unsupported["alpha"] = _axis_reasons(fit.columns.params, "sizes") + _surface_reasons(surface, "alpha")
-        unsupported["beta"] = _axis_reasons(fit.columns.tokens, "token counts") + _surface_reasons(
+        unsupported["alpha"] = _axis_reasons(fit.columns.params, "size") + _surface_reasons(surface, "alpha")
+        unsupported["beta"] = _axis_reasons(fit.columns.tokens, "token count") + _surface_reasons(
             surface, "beta"
         )
         shared = _collinear(fit) + _degenerate(surface)
@@ -67,9 +67,11 @@ def _axis_reasons(values: Array, what: str) -> list[str]:
     distinct = 1 + int((np.diff(logs) > SAME).sum())
     span = float(values.max() / values.min())
     if distinct < FEW:
-        return [f"only {distinct} different {what}; a power law above a floor needs at least {FEW}"]
+        return [
+            f"only {counted(distinct, f'different {what}')}; a power law above a floor needs at least {FEW}"
+        ]
     if span < NARROW_SPAN:
-        return [f"the {what} span a factor {span:.2g} only; a power law cannot be told from a line there"]
+        return [f"the {what}s span a factor {span:.2g} only; a power law cannot be told from a line there"]
     return []
 
 

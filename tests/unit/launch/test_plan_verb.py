@@ -19,6 +19,7 @@ from xdlm_megatron.launch.gpus import GIB, GPUS
 from xdlm_megatron.launch.layout import RECOMPUTES, Layout, Shape, all_layouts, recipe_layout
 from xdlm_megatron.launch.plan import choose_gpu, make_plan, price
 
+REPOSITORY = Path(__file__).parents[3]
 RECIPE = """
 run: {name: eight}
 model:
@@ -127,6 +128,17 @@ def test_thousands_of_gpus_take_seconds(eight: Path) -> None:
     assert time.process_time() - start < 10
     assert plan.num_tried > 3000
     assert plan.ranked
+
+
+@pytest.mark.parametrize("size", ["160m", "400m", "1b", "3b", "8b"])
+def test_the_ladder_fits_the_nodes_that_its_script_asks_for(size: str) -> None:
+    script = (REPOSITORY / f"slurm/pretrain_{size}.sh").read_text()
+    world = 8 * int(script.split("--nodes=")[-1].split()[0])
+    config = load_recipe(REPOSITORY / f"examples/xdlm_{size}.yaml")
+    own = make_plan(config, GPUS["h100"], world).recipe
+    assert not isinstance(own, str), own
+    assert own.fits
+    assert 0.1 < own.step.mfu < 0.6
 
 
 def test_a_growing_batch_divides_at_every_size(eight: Path, capfd: pytest.CaptureFixture[str]) -> None:

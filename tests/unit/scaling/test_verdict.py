@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.unit.scaling.synthetic import QUOKKA, draw_runs
-from xdlm_megatron.scaling import law
+from xdlm_megatron.scaling import law, run
 from xdlm_megatron.scaling.fit import VALLEYS, Estimate, Options, fit_series
-from xdlm_megatron.scaling.points import Point
+from xdlm_megatron.scaling.points import Collection, Point
+from xdlm_megatron.scaling.report import terminal_table
 from xdlm_megatron.scaling.verdict import Verdict, judge
 
 ITS_VALLEYS = f"N_opt by {VALLEYS}"
@@ -123,3 +126,55 @@ def test_methods_that_disagree_are_named() -> None:
     assert "valleys 0.600" in remark
     fit.valleys = dataclasses.replace(fit.valleys, opt_exponent=Estimate(0.6, (0.4, 0.62)))
     assert not any("disagree" in r for r in judge(fit).remarks)
+
+
+def nasty(what: str) -> list[Point]:
+    """Points that no design would give, and a folder of debugging runs does."""
+    rng = np.random.default_rng(0)
+    sizes, tokens = np.exp(rng.uniform(2, 6, 12)), np.exp(rng.uniform(4, 9, 12))
+    losses, flops = rng.uniform(1, 9, 12), np.exp(rng.uniform(5, 30, 12))
+    match what:
+        case "same size":
+            sizes = np.full(12, 38_000.0)
+        case "nearly the same size, FLOPs that fall with it":
+            sizes = 38_000.0 + np.arange(12)
+            flops = tokens * (1e6 - 1e4 * np.arange(12))
+        case "one run, twelve times":
+            sizes, tokens, losses, flops = (np.full(12, x[0]) for x in (sizes, tokens, losses, flops))
+        case "a loss of nothing":
+            losses = np.full(12, 1e-9)
+        case "losses of all magnitudes":
+            losses = np.exp(rng.uniform(-20, 20, 12))
+        case "losses that rise with everything":
+            losses = sizes * tokens
+        case "astronomic":
+            sizes, tokens, flops = sizes * 1e30, tokens * 1e30, flops * 1e60
+    table = zip(sizes, tokens, losses, flops, strict=True)
+    return [Point(f"run{i}", *(float(x) for x in row)) for i, row in enumerate(table)]
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "random",
+        "same size",
+        "nearly the same size, FLOPs that fall with it",
+        "one run, twelve times",
+        "a loss of nothing",
+        "losses of all magnitudes",
+        "losses that rise with everything",
+        "astronomic",
+    ],
+)
+def test_anything_is_fitted_drawn_and_told_to_be_nothing(what: str, tmp_path: Path) -> None:
+    """No warning, no traceback, no figure that is not finite; and never a clean bill."""
+    options = Options(draws=20)
+    collection = Collection()
+    for point in nasty(what):
+        collection.add(point, point.run)
+    result = run.fit(collection, options)
+    assert not result.verdicts[0].supports("N_opt")
+    assert "not supported: N_opt" in terminal_table(result.series, result.verdicts, collection, options.level)
+    if what in ("same size", "one run, twelve times", "losses of all magnitudes"):  # drawing takes seconds
+        run.write(result, tmp_path, options)
+        assert json.loads((tmp_path / "fit.json").read_text())["num_points"] == 12
