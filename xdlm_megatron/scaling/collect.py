@@ -14,9 +14,9 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.scaling.from_mlflow import RECIPE, read_store
 from xdlm_megatron.scaling.points import Collection, Point, Skipped
 from xdlm_megatron.tracking.jsonl import read_metrics
+from xdlm_megatron.tracking.shipping import METRICS_FILE
 
 Count = Literal["total", "non-embedding"]
-METRICS = "metrics.jsonl"
 HELD_OUT_LOSS = "eval/valid/nelbo_per_token"
 
 # Headings of a table, in small letters with spaces for underscores; the first is ours.
@@ -52,7 +52,7 @@ def collect_runs(paths: Sequence[str | Path], count: Count, metric: str = HELD_O
     for folder in find_runs(paths):
         try:
             config = load_recipe(folder / RECIPE)
-            records = read_metrics(folder / METRICS)
+            records = read_metrics(folder / METRICS_FILE)
             point = run_point(str(folder), config, records, count, metric)
         except (ConfigError, ValueError, OSError) as error:
             collection.skipped.append(Skipped(str(folder), " ".join(str(error).split())))

@@ -67,7 +67,8 @@ def terminal_table(
             lines.append(f"  {name:8} {shown}  {sizes}  N_opt ~ C^{_short(surface.opt_exponent)}")
         if fit.valleys.opt_exponent is not None:
             lines.append(f"  {VALLEYS:8} N_opt ~ C^{_short(fit.valleys.opt_exponent)}")
-        lines += [_prediction_line(prediction) for prediction in fit.predictions if prediction.params]
+        mark = "" if _has_optimum(verdict) else "  (not supported)"
+        lines += [_prediction_line(prediction) + mark for prediction in fit.predictions if prediction.params]
         lines += [
             f"  not supported: {name}: {'; '.join(reasons)}" for name, reasons in verdict.unsupported.items()
         ]
@@ -95,7 +96,7 @@ def write_html(
         "per token, N parameters, D tokens.</p>",
         _html_coefficients(fits),
         "<h2>The best use of C FLOPs</h2>",
-        _html_predictions(fits),
+        _html_predictions(fits, verdicts),
     ]
     for name in ("by_ratio", "frontier", "n_opt", "valleys", "residuals"):
         if name in figures:
@@ -238,10 +239,18 @@ def _html_coefficients(fits: Sequence[SeriesFit]) -> str:
     return _table(["", "method", "E", "A", "B", "α", "β", "N<sub>opt</sub> ∝ C<sup>x</sup>"], rows)
 
 
-def _html_predictions(fits: Sequence[SeriesFit]) -> str:
+def _has_optimum(verdict: Verdict) -> bool:
+    """Whether one method at least has an N_opt that the data support."""
+    return verdict.supports("N_opt") or verdict.supports(f"N_opt by {VALLEYS}")
+
+
+def _html_predictions(fits: Sequence[SeriesFit], verdicts: Sequence[Verdict]) -> str:
     """N by every method; D and the loss by Huber's."""
     rows = []
-    for fit in fits:
+    for fit, verdict in zip(fits, verdicts, strict=True):
+        label = html.escape(fit.label)
+        if not _has_optimum(verdict):
+            label += "<small class='no'>not supported</small>"
         for prediction in fit.predictions:
             sizes = [
                 _cell(prediction.params[m], with_unit) if m in prediction.params else _EMPTY for m in METHODS
@@ -253,7 +262,7 @@ def _html_predictions(fits: Sequence[SeriesFit]) -> str:
                 ratio = tokens.value / prediction.params[HUBER].value
                 rest = [_cell(tokens, with_unit), f"<td>{ratio:.1f}</td>", _cell(loss)]
             reach = f"<td>{prediction.extrapolation:.3g}×</td>"
-            rows.append([html.escape(fit.label), f"<td>{prediction.flops:.2e}</td>", reach, *sizes, *rest])
+            rows.append([label, f"<td>{prediction.flops:.2e}</td>", reach, *sizes, *rest])
     heads = ["", "C", "of the largest", *(f"N<sub>opt</sub> {m}" for m in METHODS)]
     return _table([*heads, "D<sub>opt</sub>", "D / N", "L*"], rows)
 
@@ -338,7 +347,7 @@ h3 { font-size: 1rem; margin: 1.4rem 0 0; }
 .sub, figcaption, footer, small { color: var(--grey); } .sub { margin: .2rem 0; }
 .verdict { border-left: 3px solid var(--line); list-style: none; margin: .6rem 0;
   padding: .1rem 0 .1rem 1rem; }
-.verdict li { margin: .25rem 0; } .yes b { color: var(--good); } .no b { color: var(--bad); }
+.verdict li { margin: .25rem 0; } .yes b { color: var(--good); } .no b, small.no { color: var(--bad); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; width: 100%;
   font-variant-numeric: tabular-nums; }
 th { font-weight: 600; } th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem;

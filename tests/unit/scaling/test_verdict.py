@@ -44,8 +44,10 @@ def verdict(points: list[Point]) -> Verdict:
 
 
 def test_a_sound_design_supports_everything() -> None:
-    found = verdict(draw_runs(0))
+    fit = fit_series(draw_runs(0), Options(draws=60))
+    found = judge(fit)
     assert found.unsupported == {}
+    assert "not supported" not in terminal_table([fit], [found], Collection(fit.points), 0.9)
     assert [remark for remark in found.remarks if "10 times the largest budget" not in remark] == []
 
 
@@ -174,7 +176,11 @@ def test_anything_is_fitted_drawn_and_told_to_be_nothing(what: str, tmp_path: Pa
         collection.add(point, point.run)
     result = run.fit(collection, options)
     assert not result.verdicts[0].supports("N_opt")
-    assert "not supported: N_opt" in terminal_table(result.series, result.verdicts, collection, options.level)
+    said = terminal_table(result.series, result.verdicts, collection, options.level)
+    assert "not supported: N_opt" in said
+    predictions = [line for line in said.splitlines() if line.startswith("  C ")]
+    assert predictions
+    assert all(line.endswith("(not supported)") for line in predictions)
     if what in ("same size", "one run, twelve times", "losses of all magnitudes"):  # drawing takes seconds
         run.write(result, tmp_path, options)
         assert json.loads((tmp_path / "fit.json").read_text())["num_points"] == 12
