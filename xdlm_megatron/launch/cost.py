@@ -23,6 +23,7 @@ LINK_EFFICIENCY = 0.75  # of collectives, in a node and between nodes
 LATENCY = 15e-6  # seconds of a collective or a message
 LAUNCH = 4e-6  # seconds a kernel
 KERNELS_FORWARD, KERNELS_BACKWARD = 45, 80  # of a layer
+TRAFFIC_AGAIN = 1.25  # that times more where some are computed again
 TRAFFIC = 4  # times a layer's activations pass the memory: written, read, their gradients written and read
 
 ASSUMPTIONS = (
@@ -130,7 +131,7 @@ def _layer_seconds(shape: Shape, layout: Layout, gpu: Gpu) -> float:
     attention_flops = passes * 4 * t * shape.seq_length * shape.query / tp
     traffic = TRAFFIC * layer_activations(shape, layout, "none")
     if layout.recompute != "none":
-        traffic *= 1.25
+        traffic *= TRAFFIC_AGAIN
     kernels = KERNELS_FORWARD + KERNELS_BACKWARD
     if layout.recompute != "none":
         kernels += KERNELS_FORWARD if layout.recompute == "full" else KERNELS_FORWARD // 4

@@ -196,6 +196,20 @@ def recipe_recompute(config: RunConfig) -> Recompute:
     return "mlp" if mcore.get("recompute_granularity") == "selective" and "mlp" in modules else "none"
 
 
+def not_priced(config: RunConfig) -> list[str]:
+    """What of `model.mcore` the planner does not know, or knows only roughly."""
+    mcore = config.model.mcore
+    exact = {"recompute_method": "uniform", "recompute_num_layers": 1, "recompute_modules": ["mlp"]}
+    known = {"recompute_granularity", *(name for name, value in exact.items() if mcore.get(name) == value)}
+    planned = recipe_recompute(config)
+    return [
+        f"model.mcore.{name}={value}"
+        + (f" is planned as recompute {planned}" if name.startswith("recompute") else " is not priced")
+        for name, value in mcore.items()
+        if name not in known and value is not None
+    ]
+
+
 def all_layouts(shape: Shape, world: int, per_node: int, fuse_head: FuseHead) -> Iterator[Layout]:
     """Every layout of `world` processes that the model's sizes and the batch divide into.
 

@@ -11,7 +11,7 @@ from xdlm_megatron.config.derive import derive
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.launch.cost import Step, step_cost
 from xdlm_megatron.launch.gpus import GIB, GPUS, Gpu
-from xdlm_megatron.launch.layout import Layout, Shape, all_layouts, recipe_layout
+from xdlm_megatron.launch.layout import Layout, Shape, all_layouts, not_priced, recipe_layout
 from xdlm_megatron.launch.memory import Memory, stage_memory
 
 
@@ -38,7 +38,8 @@ class Candidate:
 class Plan:
     """recipe: its own layout, or why the GPUs cannot hold it. ranked: what fits, fastest first.
 
-    nearest: where nothing fits, what misses the least. num_tried: layouts that the sizes allow.
+    nearest: where nothing fits, what misses the least. num_tried: layouts that the sizes allow. notes: what
+    of the recipe is not in the figures.
     """
 
     shape: Shape
@@ -48,6 +49,7 @@ class Plan:
     ranked: list[Candidate]
     nearest: list[Candidate]
     num_tried: int
+    notes: list[str]
 
 
 def choose_gpu(name: str, memory_gib: float | None) -> Gpu:
@@ -75,7 +77,7 @@ def make_plan(config: RunConfig, gpu: Gpu, world: int, top: int = 8) -> Plan:
             best[key] = found
     ranked = sorted(best.values(), key=lambda c: c.cost)[:top]
     recipe = _price_recipe(config, shape, gpu, world)
-    return Plan(shape, gpu, world, recipe, ranked, [] if ranked else nearest, num_tried)
+    return Plan(shape, gpu, world, recipe, ranked, [] if ranked else nearest, num_tried, not_priced(config))
 
 
 def price(shape: Shape, layout: Layout, gpu: Gpu) -> Candidate:
@@ -116,5 +118,6 @@ def to_json(plan: Plan) -> str:
         "ranked": candidates(plan.ranked),
         "nearest": candidates(plan.nearest),
         "num_layouts_tried": plan.num_tried,
+        "notes": plan.notes,
     }
     return json.dumps(tree, indent=1)

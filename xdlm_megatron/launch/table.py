@@ -36,6 +36,7 @@ def as_text(plan: Plan, name: str) -> str:
         lines += ["", f"the recipe's own layout does not fit these GPUs: {plan.recipe}"]
     else:
         lines += ["", *_own_layout(plan, plan.recipe)]
+    lines += [f"  note: {note}" for note in plan.notes]
     lines += ["", *_search(plan)]
     lines += ["", "assumed:", *(f"  - {line}" for line in (*ASSUMPTIONS, _reserve()))]
     return "\n".join(lines)

@@ -152,6 +152,38 @@ def test_a_growing_batch_divides_at_every_size(eight: Path, capfd: pytest.Captur
         assert found["step"]["days"] == pytest.approx(days)
 
 
+@pytest.mark.parametrize(
+    ("mcore", "recompute", "notes"),
+    [
+        ("{recompute_granularity: full, recompute_method: uniform, recompute_num_layers: 1}", "full", []),
+        ("{recompute_granularity: selective, recompute_modules: [mlp]}", "mlp", []),
+        (
+            "{recompute_granularity: selective, recompute_modules: [core_attn]}",
+            "none",
+            ["model.mcore.recompute_modules=['core_attn'] is planned as recompute none"],
+        ),
+        (
+            "{recompute_granularity: full, recompute_method: block, recompute_num_layers: 4}",
+            "full",
+            [
+                "model.mcore.recompute_method=block is planned as recompute full",
+                "model.mcore.recompute_num_layers=4 is planned as recompute full",
+            ],
+        ),
+        ("{cpu_offloading: true}", "none", ["model.mcore.cpu_offloading=True is not priced"]),
+    ],
+)
+def test_fields_of_megatron_are_planned_or_named(
+    eight: Path, capfd: pytest.CaptureFixture[str], mcore: str, recompute: str, notes: list[str]
+) -> None:
+    tree = plan_json(capfd, eight, f"model.mcore={mcore}", "--gpus", 8, "--top", 1)
+    assert tree["recipe"]["layout"]["recompute"] == recompute
+    assert tree["notes"] == notes
+    assert main(["plan", str(eight), f"model.mcore={mcore}", "--gpus", "8", "--top", "1"]) == 0
+    said = capfd.readouterr().out
+    assert [line.removeprefix("  note: ") for line in said.splitlines() if "  note: " in line] == notes
+
+
 def test_json_adds_up(eight: Path, capfd: pytest.CaptureFixture[str]) -> None:
     tree = plan_json(capfd, eight, "--gpus", 64)
     own = tree["recipe"]
