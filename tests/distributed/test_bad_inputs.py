@@ -264,6 +264,11 @@ CASES: dict[str, tuple[Change, list[str], list[str]]] = {
     "nothing to resume": (NOTHING, [*TRAIN, "--resume"], ["runs/new holds no run", "; leave --resume out"]),
     "fallback alone": (NOTHING, [*TRAIN, "--allow-fallback"], ["without --resume", "; add it"]),
     "other maths": (NOTHING, [*RESUME, "diffusion.uniform_ratio=0.5"], ["uniform_ratio: was 0.1, now 0.5"]),
+    "other data": (
+        NOTHING,
+        [*RESUME, "data.train_prefix=data/text_valid"],
+        ["was data/text (", "now data/text_v"],
+    ),
     "pointer to nothing": (
         lambda w: (w.checkpoints / "latest").write_text("step_00000077\n"),
         RESUME,

@@ -13,8 +13,10 @@ from typing import Any
 from xdlm_megatron import __version__
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe, to_tree
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.indexed import load_manifest
 
 RECIPE = "recipe.yaml"
+DATA = "data.json"
 ENVIRONMENT = "environment.jsonl"
 
 # A resume that changes one of these would go on as another experiment.
@@ -30,20 +32,45 @@ FIXED_FIELDS = (
     "train.global_batch_size",
     "train.rampup_batch_size",
 )
-# Where the same data lies, and how its vocabulary is padded, may change with the machine or the layout.
+# Where the same data lies (`check_same_data` looks at what it is), how its vocabulary is padded, and what of
+# Megatron's fields decides memory, kernels and messages alone may change with the machine or the layout.
 FREE_FIELDS = (
     "data.train_prefix",
     "data.valid_prefix",
     "data.tokenizer",
     "data.make_vocab_size_divisible_by",
+    *(
+        f"model.mcore.{name}"
+        for name in (
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+            "recompute_modules",
+            "distribute_saved_activations",
+            "num_microbatches_with_partial_activation_checkpoints",
+            "deallocate_pipeline_outputs",
+            "apply_rope_fusion",
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "gradient_accumulation_fusion",
+            "deterministic_mode",
+            "batch_p2p_comm",
+            "batch_p2p_sync",
+            "overlap_p2p_comm",
+            "microbatch_group_size_per_vp_stage",
+        )
+    ),
 )
 
 
 def write_recipe(folder: Path, config: RunConfig) -> None:
     """The resolved recipe, before the first step."""
-    aside = folder / f"{RECIPE}.tmp"
-    aside.write_text(dump_recipe(config))
-    aside.rename(folder / RECIPE)  # whole or not at all: a resume reads it
+    _write_whole(folder / RECIPE, dump_recipe(config))
+
+
+def write_data(folder: Path, config: RunConfig) -> None:
+    """What the data are, by their manifests. Comes before the recipe: a run without it has lost it."""
+    _write_whole(folder / DATA, json.dumps(_describe_data(config), indent=2) + "\n")
 
 
 def record_start(folder: Path, config: RunConfig, step: int, world_size: int) -> None:
@@ -82,6 +109,37 @@ def check_same_experiment(folder: Path, config: RunConfig) -> None:
         )
 
 
+def check_same_data(folder: Path, config: RunConfig) -> None:
+    """Compares the checksums of the prefixes' manifests with those that the run folder was started with.
+
+    Held-out text counts too: the run's losses on it would else be two curves in one. `evaluate` takes any.
+
+    Raises:
+        ConfigError: training or held-out data differ; names each prefix with both checksums.
+        DataError: a prefix has no manifest.
+    """
+    try:
+        before = json.loads((folder / DATA).read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{folder / DATA}, which says what data this run is on, is gone; put it back, or copy it from "
+            "another run on the same data"
+        ) from None
+    now = _describe_data(config)
+    changed = [
+        f"  data.{name}: was {_show(before[name])}, now {_show(now[name])}"
+        for name in now
+        if (before[name] and before[name]["sha256"]) != (now[name] and now[name]["sha256"])
+    ]
+    if changed:
+        cure = "give the data it began with, or start a new run by another run.name"
+        if not changed[0].startswith("  data.train"):
+            cure += "; other held-out text goes to `evaluate`"
+        raise ConfigError(
+            "\n".join([f"{folder}: the data are not those this run began with; {cure}", *changed])
+        )
+
+
 def recipe_hash(config: RunConfig) -> str:
     """Short hash of the resolved recipe."""
     return hashlib.sha256(dump_recipe(config).encode()).hexdigest()[:12]
@@ -110,11 +168,37 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _write_whole(path: Path, text: str) -> None:
+    """Whole or not at all: a resume reads it."""
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text)
+    aside.rename(path)
+
+
+def _describe_data(config: RunConfig) -> dict[str, dict[str, Any] | None]:
+    """{"train_prefix": {"prefix": ..., "sha256": {"bin": ..., "idx": ...}}, "valid_prefix": same or None}."""
+    return {
+        name: None if prefix is None else {"prefix": prefix, "sha256": load_manifest(prefix).sha256}
+        for name, prefix in (
+            ("train_prefix", config.data.train_prefix),
+            ("valid_prefix", config.data.valid_prefix),
+        )
+    }
+
+
+def _show(data: dict[str, Any] | None) -> str:
+    if data is None:
+        return "null"
+    sums = ", ".join(f"{kind} {checksum[:12]}" for kind, checksum in sorted(data["sha256"].items()))
+    return f"{data['prefix']} (sha256 of {sums})"
+
+
 def _flat(config: RunConfig) -> dict[str, Any]:
+    """Fields by dotted name; an empty section has none."""
     flat: dict[str, Any] = {}
 
     def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             for key, inner in value.items():
                 walk(f"{prefix}.{key}" if prefix else key, inner)
         else:

@@ -47,10 +47,12 @@ from xdlm_megatron.train.loop import Loop
 from xdlm_megatron.train.peak import peak_flops
 from xdlm_megatron.train.provenance import (
     RECIPE,
+    check_same_data,
     check_same_experiment,
     git_commit,
     recipe_hash,
     record_start,
+    write_data,
     write_recipe,
 )
 from xdlm_megatron.train.signals import catch_stop_signals
@@ -201,6 +203,7 @@ def _prepare_folder(run: Run, state: TrainState) -> None:
     """Before the first step, by the main process: every file says what it will say."""
     (run.folder / CHECKPOINTS).mkdir(exist_ok=True)  # before the recipe: a run without it has lost it
     if not (run.folder / RECIPE).exists():
+        write_data(run.folder, run.config)
         write_recipe(run.folder, run.config)
     record_start(run.folder, run.config, state.step, run.mesh.world_size)
     for name in (METRICS, SPIKES):
@@ -248,6 +251,7 @@ def _check_folder(config: RunConfig, resume: bool) -> None:
         raise CheckpointError(f"{folder} holds a run; add --resume to go on, or choose another run.name")
     if resume:
         check_same_experiment(folder, config)
+        check_same_data(folder, config)
 
 
 def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: bool) -> Path | None:

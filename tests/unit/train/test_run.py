@@ -15,6 +15,7 @@ from tests.unit.model.small import small_config
 from xdlm_megatron.checkpoint.reader import CheckpointError, find_latest
 from xdlm_megatron.config.load import ConfigError
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.preprocess import PreprocessOptions, preprocess
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import open_mesh
@@ -50,7 +51,7 @@ def finished(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 def test_a_run_leaves_its_recipe_metrics_and_checkpoint(finished: RunConfig) -> None:
     folder = Path(finished.run.output_dir) / finished.run.name
-    assert {"recipe.yaml", "environment.jsonl", "metrics.jsonl", "checkpoints"} <= {
+    assert {"recipe.yaml", "data.json", "environment.jsonl", "metrics.jsonl", "checkpoints"} <= {
         path.name for path in folder.iterdir()
     }
     assert series(finished, "consumed_samples") == [8 * n for n in range(1, 7)]
@@ -97,6 +98,93 @@ def test_what_may_not_start_is_refused(finished: RunConfig, tiny_recipe: dict, t
         train(other, resume=True)
     assert "diffusion.uniform_ratio: was 0.1, now 0.4" in str(error.value)
     assert "model.num_layers: was 2, now 4" in str(error.value)
+
+
+@pytest.fixture
+def stopped(tiny_recipe: dict, tmp_path: Path) -> tuple[RunConfig, Path]:
+    """A run that stopped at step 2 on data of its own, and the stem of those."""
+    source = Path(tiny_recipe["data"]["train_prefix"])
+    (tmp_path / "data").mkdir()
+    for name in ("text", "text_valid"):
+        for kind in ("bin", "idx", "json"):
+            shutil.copy(source.with_name(f"{name}.{kind}"), tmp_path / "data")
+    prefix = tmp_path / "data/text"
+    data = {"train_prefix": str(prefix), "valid_prefix": f"{prefix}_valid"}
+    config = config_for(tiny_recipe, tmp_path, data=data, train={"stop_after_step": 2})
+    assert train(config) == "stopped"
+    return config, prefix
+
+
+def make_other(prefix: Path, tokenizer: str, output: Path) -> None:
+    """The documents of `prefix` from the second on, tokenized in the same way."""
+    texts = prefix.with_suffix(".jsonl").read_text().splitlines(keepends=True)
+    output.with_suffix(".jsonl").write_text("".join(texts[1:]))
+    inputs = (str(output.with_suffix(".jsonl")),)
+    preprocess(
+        PreprocessOptions(
+            inputs=inputs, output=str(output), tokenizer=tokenizer, valid_fraction=0.1, overwrite=True
+        )
+    )
+
+
+@pytest.mark.parametrize("way", ["another prefix", "made again in place"])
+def test_a_resume_on_other_data_is_refused(
+    way: str, stopped: tuple[RunConfig, Path], tiny_recipe: dict, tmp_path: Path
+) -> None:
+    config, prefix = stopped
+    other = tmp_path / "data" / ("other" if way == "another prefix" else "text")
+    before = {p: json.loads(Path(f"{p}.json").read_text())["sha256"] for p in (prefix, f"{prefix}_valid")}
+    make_other(Path(tiny_recipe["data"]["train_prefix"]), config.data.tokenizer, other)
+    data = {"train_prefix": str(other), "valid_prefix": f"{other}_valid"}
+    resumed = config_for(tiny_recipe, tmp_path, data=data)
+    metrics_before = metrics(config)
+    with pytest.raises(ConfigError) as error:
+        train(resumed, resume=True)
+    head, *lines = str(error.value).splitlines()
+    assert (
+        "the data are not those this run began with; give the data it began with, or start a new run" in head
+    )
+    now = json.loads(Path(f"{other}.json").read_text())["sha256"]
+    assert lines[0] == (
+        f"  data.train_prefix: was {prefix} (sha256 of bin {before[prefix]['bin'][:12]}, "
+        f"idx {before[prefix]['idx'][:12]}), now {other} (sha256 of bin {now['bin'][:12]}, "
+        f"idx {now['idx'][:12]})"
+    )
+    assert metrics(config) == metrics_before
+
+
+@pytest.mark.parametrize("now", ["null", "another"])
+def test_a_resume_on_other_held_out_text_is_refused(
+    now: str, stopped: tuple[RunConfig, Path], tiny_recipe: dict, tmp_path: Path
+) -> None:
+    _, prefix = stopped
+    valid = None if now == "null" else str(prefix)
+    data = {"train_prefix": str(prefix), "valid_prefix": valid}
+    with pytest.raises(ConfigError) as error:
+        train(config_for(tiny_recipe, tmp_path, data=data), resume=True)
+    head, line = str(error.value).splitlines()
+    assert "other held-out text goes to `evaluate`" in head
+    assert line.startswith(f"  data.valid_prefix: was {prefix}_valid (sha256 of bin ")
+    assert line.endswith(", now null") if valid is None else f", now {prefix} (sha256 of bin " in line
+
+
+def test_a_resume_on_the_same_data_elsewhere_goes_on(
+    stopped: tuple[RunConfig, Path], tiny_recipe: dict, tmp_path: Path
+) -> None:
+    """Run folder and data were copied to another machine."""
+    shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("copy"))
+    shutil.rmtree(tmp_path / "data")
+    data = {"train_prefix": f"{tmp_path}/copy/data/text", "valid_prefix": f"{tmp_path}/copy/data/text_valid"}
+    resumed = config_for(tiny_recipe, tmp_path / "copy", data=data, train={"stop_after_step": 3})
+    record = tmp_path / "copy/tiny/data.json"
+    before = record.read_bytes()
+    assert train(resumed, resume=True) == "stopped"
+    assert record.read_bytes() == before
+    record.unlink()
+    with pytest.raises(
+        ConfigError, match=r"data\.json, .* is gone; put it back, or copy it from another run"
+    ):
+        train(resumed, resume=True)
 
 
 def test_a_run_that_never_saved_starts_again(

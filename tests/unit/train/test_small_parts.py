@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,10 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.unit.model.small import RECIPE, small_config
 from xdlm_megatron.config.load import ConfigError, load_recipe
-from xdlm_megatron.train.provenance import check_same_experiment, recipe_hash, record_start, write_recipe
+from xdlm_megatron.config.rules import FIXED_MCORE_FIELDS, OWNED_MCORE_FIELDS
+from xdlm_megatron.train.provenance import (
+    FREE_FIELDS,
+    check_same_experiment,
+    recipe_hash,
+    record_start,
+    write_recipe,
+)
 from xdlm_megatron.train.signals import StopRequest, catch_stop_signals
 from xdlm_megatron.train.state import TrainState
 
@@ -97,6 +106,15 @@ FREE: dict[str, dict[str, Any]] = {
     },
     "micro-batch": {"train": {"micro_batch_size": 1}},
     "moved data": {"data": {"train_prefix": "elsewhere/text", "tokenizer": "elsewhere/tokenizer.model"}},
+    "recomputation": {
+        "model": {
+            "mcore": {
+                "recompute_granularity": "full",
+                "recompute_method": "uniform",
+                "recompute_num_layers": 1,
+            }
+        }
+    },
     "padding": {"data": {"make_vocab_size_divisible_by": 128}},
     "intervals": {"checkpoint": {"save_interval": 3, "keep_last": 5}, "evaluation": {"interval": 7}},
     "logging": {"train": {"log_interval": 3}, "tracking": {"experiment": "other"}},
@@ -141,6 +159,19 @@ def test_what_the_machine_decides_may_change(sections: dict, folder: Path) -> No
     changed = small_config(**sections)
     assert changed != small_config()
     check_same_experiment(folder, changed)
+
+
+def test_free_fields_of_megatron_are_fields_of_megatron_that_a_recipe_may_set() -> None:
+    known = {f.name for f in dataclasses.fields(TransformerConfig)}
+    free = {name.removeprefix("model.mcore.") for name in FREE_FIELDS if name.startswith("model.mcore.")}
+    assert free <= known - OWNED_MCORE_FIELDS.keys() - FIXED_MCORE_FIELDS.keys()
+
+
+def test_a_changed_field_of_megatron_is_one_line(folder: Path) -> None:
+    changed = small_config(model={"mcore": {"glu_linear_offset": 1.0, "recompute_granularity": "full"}})
+    with pytest.raises(ConfigError) as error:
+        check_same_experiment(folder, changed)
+    assert str(error.value).splitlines()[1:] == ["  model.mcore.glu_linear_offset: was None, now 1.0"]
 
 
 def test_provenance_holds_the_whole_recipe_and_the_versions(folder: Path) -> None:
