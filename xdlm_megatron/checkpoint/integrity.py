@@ -51,23 +51,37 @@ def find_damage(folder: Path) -> str | None:
         files = {str(name): (int(e["bytes"]), str(e["checksum"])) for name, e in manifest["files"].items()}
     except FileNotFoundError:
         return f"{MANIFEST}: is missing"
+    except OSError as error:
+        return _unreadable(MANIFEST, error)
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST}: is damaged itself"
     if manifest.get("checksum") != CHECKSUM:
         return f"{MANIFEST}: has checksums of kind {manifest.get('checksum')!r} and not {CHECKSUM!r}"
     for name, (size, _) in files.items():
-        if not (folder / name).is_file():
-            return f"{name}: is missing"
-        found = (folder / name).stat().st_size
+        try:
+            if not (folder / name).is_file():
+                return f"{name}: is missing"
+            found = (folder / name).stat().st_size
+        except OSError as error:
+            return _unreadable(name, error)
         if found != size:
             change = "cut short" if found < size else "longer than written"
             return f"{name}: is {change}, {found} bytes instead of {size}"
     with ThreadPoolExecutor(_num_threads()) as pool:
-        found_checksums = pool.map(lambda name: _checksum(folder / name), files)
-        for (name, (_, checksum)), found_checksum in zip(files.items(), found_checksums, strict=True):
-            if found_checksum != checksum:
-                return f"{name}: has changed since it was written (checksum)"
-    return None
+        found_damages = pool.map(lambda name: _compare(folder, name, files[name][1]), files)
+        return next(filter(None, found_damages), None)
+
+
+def _compare(folder: Path, name: str, checksum: str) -> str | None:
+    try:
+        changed = _checksum(folder / name) != checksum
+    except OSError as error:
+        return _unreadable(name, error)
+    return f"{name}: has changed since it was written (checksum)" if changed else None
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    return f"{name}: cannot be read ({error.strerror or error})"
 
 
 def newest_whole(newest_first: Iterable[Path]) -> Path | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +89,29 @@ def test_sizes_are_compared_before_anything_is_read(folder: Path, monkeypatch: p
     assert find_damage(folder) == "none: is longer than written, 1 bytes instead of 0"
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
+@pytest.mark.parametrize(
+    ("name", "call"), [(MANIFEST, "read_bytes"), ("big", "open"), ("inner/x", "is_file"), ("inner/x", "stat")]
+)
+def test_what_cannot_be_read_is_damage(
+    folder: Path, name: str, call: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_read(folder / name, call, number, monkeypatch)
+    assert find_damage(folder) == f"{name}: cannot be read ({os.strerror(number)})"
+
+
+def fail_to_read(path: Path, call: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a bad disk: root may read what it likes, so that permissions alone show nothing."""
+    works = getattr(Path, call)
+
+    def fails(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self == path:
+            raise OSError(number, os.strerror(number), str(path))
+        return works(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, call, fails)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -151,6 +177,15 @@ def test_a_whole_checkpoint_is_chosen(checkpoints: Path, mesh: Mesh, capsys: pyt
         assert choose_start(checkpoints / "none", mesh, allow_fallback) is None
     check_whole(checkpoints / "step_00000005", mesh)
     assert capsys.readouterr().out == ""
+
+
+def test_an_unreadable_one_is_refused_or_passed_over(
+    checkpoints: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_read(checkpoints / "step_00000015/common.pt", "open", errno.EIO, monkeypatch)
+    with pytest.raises(CheckpointError, match=r"common.pt: cannot be read \(Input/output error\)"):
+        choose_start(checkpoints, mesh, False)
+    assert choose_start(checkpoints, mesh, True) == checkpoints / "step_00000010"
 
 
 def test_a_damaged_one_is_refused_with_the_newest_whole_one(checkpoints: Path, mesh: Mesh) -> None:
