@@ -80,7 +80,7 @@ def render_batch(
         bounds = _documents(batch, index)[shown].diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
         lines += [
             "",
-            _heading(sample_id, batch, index, codes),
+            _heading(sample_id, batch, index, shown, codes),
             *_columns(token_strings(x0), token_strings(zt), codes, bounds, width, colour),
         ]
     return "\n".join(lines)
@@ -92,9 +92,10 @@ def _documents(batch: Batch, index: int) -> torch.Tensor:
     return batch.document_BT[index]
 
 
-def _heading(sample_id: int, batch: Batch, index: int, codes: list[int]) -> str:
-    times = batch.t_BS[index].unique_consecutive()
-    t = f"t={times[0]:.4f}  alpha={batch.alpha_BS[index, 0]:.4f}"
+def _heading(sample_id: int, batch: Batch, index: int, shown: torch.Tensor, codes: list[int]) -> str:
+    """shown: bool [S]; padding has a time too, which is no document's."""
+    times = batch.t_BS[index][shown].unique_consecutive()
+    t = f"t={times[0]:.4f}  alpha={batch.alpha_BS[index][shown][0]:.4f}"
     if len(times) > 1:
         t = "t by document: " + " ".join(f"{time:.4f}" for time in times)
     kept, masked, replaced, unscored = (codes.count(code) for code in range(4))

@@ -49,7 +49,7 @@ def test_documents_prompts_and_padding() -> None:
     """Two documents with their times, the first with a prompt; two positions of padding."""
     batch = dataclasses.replace(
         batch_of([1, 0, 3, 0, 1, 0, 0], [1, 9, 3, 3, 9, 0, 0]),
-        t_BS=torch.tensor([[0.25] * 3 + [0.5] * 4], dtype=torch.float64),
+        t_BS=torch.tensor([[0.25] * 3 + [0.5] * 2 + [0.125] * 2], dtype=torch.float64),
         scored_BS=torch.tensor([[False, True, True, True, True, False, False]]),
         document_BT=torch.tensor([[0, 0, 0, 1, 1, -1, -1]], dtype=torch.int32),
     )
@@ -63,6 +63,20 @@ def test_documents_prompts_and_padding() -> None:
         "zt = be░ seen┃~ seen░░░",
     ]
     assert "\x1b[36m be\x1b[0m" in render_batch([7], batch, strings, 9, 60, colour=True)
+
+
+def test_padding_around_one_document_has_no_time() -> None:
+    """Its own t and alpha are shown, whatever stands at the positions that are not."""
+    batch = dataclasses.replace(
+        batch_of([0, 1, 0], [0, 9, 0]),
+        t_BS=torch.tensor([[0.125, 0.25, 0.5]], dtype=torch.float64),
+        alpha_BS=torch.tensor([[0.875, 0.75, 0.5]], dtype=torch.float64),
+        document_BT=torch.tensor([[-1, 0, -1]], dtype=torch.int32),
+    )
+    lines = render_batch([7], batch, lambda ids: [PIECES[i] for i in ids], 9, 60, colour=False).splitlines()
+    assert (
+        lines[2] == "sample 7  t=0.2500  alpha=0.7500  noised 100.0%: kept 0, masked 1, replaced 0, padding 2"
+    )
 
 
 @pytest.mark.parametrize("width", [12, 20, 37])
