@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.distributed.launch import (
     TIMEOUT_SECONDS,
@@ -191,3 +193,26 @@ def test_a_loss_spike_names_its_samples(
     assert spike["worst"][1]["loss"] > 20 * spike["worst"][2]["loss"]
     assert output.count("step 24: loss ") == 1
     assert "is a spike" in output
+
+
+@pytest.mark.parametrize(
+    ("layout", "bad"), [([], math.nan), ([TP2], math.inf), ([PP2], math.nan)], ids=["dp2", "tp2", "pp2"]
+)
+def test_a_loss_that_is_not_finite_names_its_samples(
+    layout: list[str], bad: float, recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, though two steps tell little of what is normal; it spoils no later comparison."""
+    path, run = write_recipe(tmp_path, recipe, "bad"), tmp_path / "runs/bad"
+    monkeypatch.setenv("FAILURE", json.dumps({"what": "spike", "rank": None, "step": 3, "add": bad}))
+    output = launch(2, "train", path, [*layout, "train.stop_after_step=5"], FAILING)
+    (line,) = (run / "spikes.jsonl").read_text().splitlines()
+    spike = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    text = "NaN" if math.isnan(bad) else "Infinity"
+    assert (spike["step"], spike["loss"], spike["threshold"]) == (3, text, "NaN")
+    assert spike["worst"][0] == {"sample": 8 * 2 + 5, "loss": text}
+    assert spike["worst"][1]["sample"] == 8 * 2 + 3
+    assert all(math.isfinite(sample["loss"]) for sample in spike["worst"][1:])
+    assert output.count(f"step 3: the loss is {bad}; samples with the largest loss: 21 ({bad})") == 1
+    nelbo = read_series(run / "metrics.jsonl", "train/nelbo")
+    common = torch.load(run / "checkpoints/step_00000005/common.pt", weights_only=True)
+    assert common["train_state"]["recent_losses"] == [*nelbo[:2], *nelbo[3:]]

@@ -68,7 +68,7 @@ def encode_line(step: int, metrics: Mapping[str, float], unix_seconds: float) ->
     for name, value in metrics.items():
         if name in _RESERVED:
             raise ValueError(f"metric name {name!r} is reserved in metrics.jsonl; rename the metric")
-        record[name] = _plain_number(name, value)
+        record[name] = plain_number(name, value)
     record["time"] = round(unix_seconds, 3)
     return json.dumps(record, separators=(", ", ": "), allow_nan=False).encode() + b"\n"
 
@@ -161,7 +161,7 @@ def _cut_torn_line(fd: int) -> int:
     return size - end
 
 
-def _plain_number(name: str, value: float) -> int | float | str:
+def plain_number(name: str, value: float) -> int | float | str:
     """A Python int or float of any numeric scalar (NumPy's too), or the string of a non-finite one."""
     if isinstance(value, Integral):
         return int(value)

@@ -142,14 +142,15 @@ class Loop:
         state.unlogged[1] += seen.num_tokens
         loss = seen.nelbo / max(seen.num_tokens, 1)
         factor = self.step.config.train.spike_factor
-        if factor is None or not math.isfinite(loss):
+        if factor is None:
             return
-        limits = threshold_of(state.recent_losses, factor)
-        if limits is not None and loss > limits[1]:
+        median, threshold = threshold_of(state.recent_losses, factor) or (math.nan, math.nan)
+        if loss > threshold or not math.isfinite(loss):
             nelbo, num_tokens = self.step.mesh.reduce_sum(result.by_slot)
             by_slot = nelbo / num_tokens.clamp(min=1)
-            self.on_spike(Spike(state.step, loss, *limits, worst_samples(by_slot, first_id)))
-        remember(state.recent_losses, loss)
+            self.on_spike(Spike(state.step, loss, median, threshold, worst_samples(by_slot, first_id)))
+        if math.isfinite(loss):
+            remember(state.recent_losses, loss)
 
     def _log(self, state: TrainState, window: _Window) -> None:
         nelbo_sum, num_tokens = state.unlogged

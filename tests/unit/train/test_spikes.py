@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 
 import pytest
 import torch
 
+from xdlm_megatron.tracking.jsonl import decode_line
 from xdlm_megatron.train.spikes import (
     ENOUGH,
     NUM_WORST,
@@ -52,6 +54,25 @@ def test_worst_samples_have_ids_of_the_global_order() -> None:
     loss = torch.tensor([1.0, 7.0, 3.0], dtype=torch.float64)
     assert worst_samples(loss, 40) == [(41, 7.0), (42, 3.0), (40, 1.0)]
     assert len(worst_samples(torch.arange(100.0), 0)) == NUM_WORST
+
+
+def test_nan_is_the_worst_of_all() -> None:
+    loss = torch.tensor([1.0, math.inf, math.nan, 3.0, -math.inf, math.nan], dtype=torch.float64)
+    worst = worst_samples(loss, 40)
+    assert {sample for sample, _ in worst[:2]} == {42, 45}
+    assert all(math.isnan(loss) for _, loss in worst[:2])
+    assert worst[2:] == [(41, math.inf), (43, 3.0), (40, 1.0), (44, -math.inf)]
+
+
+def test_a_loss_that_is_not_finite_is_valid_json(tmp_path: Path) -> None:
+    spike = Spike(7, math.nan, math.nan, math.nan, worst=[(41, math.nan), (3, math.inf), (4, 2.0)])
+    append_spike(tmp_path, spike)
+    line = (tmp_path / "spikes.jsonl").read_text()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert [record[name] for name in ("loss", "median", "threshold")] == ["NaN"] * 3
+    assert [sample["loss"] for sample in record["worst"]] == ["NaN", "Infinity", 2.0]
+    assert math.isnan(decode_line(line.encode())["loss"])
+    assert str(spike) == "step 7: the loss is nan; samples with the largest loss: 41 (nan), 3 (inf), 4 (2.00)"
 
 
 def test_a_report_is_a_line_of_json_and_a_line_of_words(tmp_path: Path) -> None:
