@@ -25,6 +25,7 @@ TP, PP, CP, VPP = (
     f"parallel.{name}_parallel_size="
     for name in ("tensor_model", "pipeline_model", "context", "virtual_pipeline_model")
 )
+RECOMPUTE = [f"model.mcore.recompute_{key}" for key in ("granularity=full", "method=uniform", "num_layers=1")]
 LAYOUTS = {
     "tp2-sp": (2, [TP + "2", "parallel.sequence_parallel=true"]),
     "pp2": (2, [PP + "2"]),
@@ -35,6 +36,7 @@ LAYOUTS = {
     "tp2-pp2": (4, [TP + "2", PP + "2"]),
     "tp2-cp2": (4, [TP + "2", CP + "2"]),
     "pp2-cp2": (4, [PP + "2", CP + "2"]),
+    "pp2-cp2-full-recompute": (4, [PP + "2", CP + "2", *RECOMPUTE]),
     "dp2": (2, []),
 }
 
@@ -91,7 +93,7 @@ def alone(recipe: dict) -> float:
                 output, loss_function = objective.forward_step(iter([document]), model)
                 total += loss_function(output)[0].item()
                 num_documents += 1
-    assert num_documents > 2 * size
+    assert num_documents == size if config.data.packing == "padded" else num_documents > 2 * size
     assert 0 < batch.scored_BS.double().mean() < 0.8
     return total / int(batch.scored_BS.sum())
 
@@ -122,3 +124,19 @@ def test_split_documents_equal_documents_alone(
     assert metrics["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=1e-4)
     held_out = "eval/valid/nelbo_per_token"
     assert metrics[held_out] == pytest.approx(reference[held_out], rel=2e-5)
+
+
+def test_split_padded_prompts_equal_documents_alone(recipe: dict, tmp_path: Path) -> None:
+    """One document a sample behind its clean prompt, the rest of it padding, over slices of both kinds."""
+    padded = {
+        **recipe,
+        "diffusion": {**recipe["diffusion"], "time_per": "sequence"},
+        "data": {**recipe["data"], "packing": "padded"},
+    }
+    one = run(tmp_path, padded, "one", 1, [])
+    split = run(tmp_path, padded, "split", 4, [TP + "2", CP + "2", "parallel.sequence_parallel=true"])
+    assert one["train/nelbo"][0] == pytest.approx(alone(padded), rel=1e-5)
+    assert split["train/nelbo"] == pytest.approx(one["train/nelbo"], rel=2e-5)
+    assert split["train/grad_norm"] == pytest.approx(one["train/grad_norm"], rel=1e-4)
+    held_out = "eval/valid/nelbo_per_token"
+    assert split[held_out] == pytest.approx(one[held_out], rel=2e-5)
