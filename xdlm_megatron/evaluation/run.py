@@ -22,8 +22,8 @@ from xdlm_megatron.evaluation.nelbo import NelboResult, build_evaluator
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
 from xdlm_megatron.evaluation.trace import print_trace
-from xdlm_megatron.kernels.dispatch import choose_kernels
 from xdlm_megatron.model.objective import Objective
+from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 
 
@@ -31,7 +31,7 @@ def evaluate(config: RunConfig, checkpoint: str | None = None, use_ema: bool = T
     """Prints the held-out NELBO of a checkpoint and writes it to `evaluations/` of the run folder."""
     path = choose_checkpoint(config, checkpoint)
     with _restored(config, path, use_ema) as (mesh, chunks, step):
-        kernels = choose_kernels(config.train.kernels, mesh.device)
+        kernels = choose_kernels_together(config.train.kernels, mesh)
         objective = Objective(
             build_noise(config), mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops
         )
@@ -54,7 +54,7 @@ def sample(
     noise, schedule = build_noise(config), build_schedule(config.diffusion)
     prompt_ids = tokenizer.encode(options.prompt) if options.prompt else []
     with _restored(config, path, use_ema) as (mesh, chunks, step):
-        kernels = choose_kernels(config.train.kernels, mesh.device)
+        kernels = choose_kernels_together(config.train.kernels, mesh)
         samples = generate(
             build_denoiser(chunks, mesh),
             options,

@@ -4,16 +4,18 @@
     python -m xdlm_megatron.kernels.build report --arch sm_80 sm_90a  # registers and spills of every kernel
 
 A library's name holds a hash of the sources and flags, so that no library is ever out of date, and the GPUs
-it is for. It is written aside and renamed: processes that build at the same time each put a whole file in
-place.
+it is for. One process of a machine builds while the others wait for it; the library is written aside and
+renamed, so that nobody ever loads a part of one.
 
 CUDA_HOME, where set, decides which nvcc is used; TORCH_CUDA_ARCH_LIST ("8.0;9.0a;10.0+PTX") which GPUs an
-ahead-of-time build is for; XDLM_KERNEL_CACHE where libraries are kept. Standard library only.
+ahead-of-time build is for, of those from 8.0 on; XDLM_KERNEL_CACHE where libraries are kept. Standard
+library only.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import os
 import re
@@ -21,7 +23,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,6 +34,8 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE / "csrc"
 AHEAD_OF_TIME = HERE / "lib"  # where setup.py puts the library of an installed package
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
+OLDEST = (8, 0)  # what is older has no bfloat16
+FIRST_WITH_CLUSTERS = (9, 0)
 COMPILE_MINUTES = 10
 
 
@@ -62,15 +66,45 @@ def find_cxx() -> str | None:
 
 
 def default_architectures() -> tuple[str, ...]:
-    """TORCH_CUDA_ARCH_LIST in nvcc's spelling, else ARCHITECTURES, the last also as PTX for later ones."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    if not listed:
-        return (*ARCHITECTURES, ARCHITECTURES[-1].replace("sm", "compute"))
-    names = []
-    for item in listed:
-        number = item.removesuffix("+PTX").replace(".", "")
-        names += [f"sm_{number}"] + ([f"compute_{number}"] if item.endswith("+PTX") else [])
+    """TORCH_CUDA_ARCH_LIST in nvcc's spelling; else those of ARCHITECTURES that nvcc knows, the last also as
+    PTX for later ones.
+
+    Raises:
+        BuildError: an item that is no compute capability, or none from 8.0 on.
+    """
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if not given.strip():
+        codes = _codes_of_nvcc()
+        names = [arch for arch in ARCHITECTURES if arch.removesuffix("a") in codes] or list(ARCHITECTURES)
+        return (*names, names[-1].replace("sm", "compute").removesuffix("a"))
+    names, too_old = [], []
+    for item in given.replace(";", " ").split():
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", item)
+        if found is None:
+            raise BuildError(
+                f"TORCH_CUDA_ARCH_LIST={given!r}: {item!r} is no compute capability; "
+                'name them as in "8.0;9.0a;10.0+PTX"'
+            )
+        major, minor, feature, ptx = found.groups()
+        if (int(major), int(minor)) < OLDEST:
+            too_old.append(item)
+            continue
+        names += [f"sm_{major}{minor}{feature}"] + ([f"compute_{major}{minor}{feature}"] if ptx else [])
+    if not names:
+        raise BuildError(f"TORCH_CUDA_ARCH_LIST={given!r}: the kernels need a GPU of 8.0 or newer; name one")
+    if too_old:
+        print(f"CUDA kernels are not built for {', '.join(too_old)}: they need 8.0 or newer", file=sys.stderr)
     return tuple(names)
+
+
+def _codes_of_nvcc() -> list[str]:
+    """The GPUs that it compiles for, their variants ("a") left out; empty where it cannot be asked."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        return []
+    with contextlib.suppress(BuildError):
+        return _run([nvcc, "--list-gpu-code"]).split()
+    return []
 
 
 def library_path(
@@ -84,22 +118,33 @@ def library_path(
     return (folder or cache_folder()) / f"{name}.so"
 
 
-def find_installed(major: int, minor: int) -> Path | None:
-    """The library that setup.py built of these sources, if it runs on GPUs of this compute capability."""
+def find_installed(major: int, minor: int, clusters: bool = True) -> Path | None:
+    """The library that setup.py built of these sources, if it runs on GPUs of this compute capability.
+
+    clusters: only one that uses the clusters of blocks of a GPU that has them. PTX for less than 9.0 runs
+    there too, and is right, but does not.
+    """
     stem = library_path("cuda").stem
     for path in sorted(AHEAD_OF_TIME.glob(f"{stem}-*.so")):
-        if any(_runs_on(arch, major, minor) for arch in path.stem.removeprefix(stem).split("-") if arch):
+        archs = path.stem.removeprefix(stem).split("-")
+        if any(_runs_on(arch, major, minor, clusters) for arch in archs):
             return path
     return None
 
 
-def _runs_on(arch: str, major: int, minor: int) -> bool:
-    """Machine code runs within its major version, from its minor on ("a": there alone); PTX also later."""
-    what, number = arch.split("_")
-    if number.endswith("a"):
-        return what == "sm" and number == f"{major}{minor}a"
-    built = (int(number[:-1]), int(number[-1]))
-    return built <= (major, minor) and (what == "compute" or built[0] == major)
+def _runs_on(arch: str, major: int, minor: int, clusters: bool = True) -> bool:
+    """Machine code runs within its major version, from its minor on; PTX also later. What ends in "a" runs
+    there alone, in "f" within its major version.
+    """
+    found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", arch)
+    if found is None:
+        return False
+    built, gpu = (int(found[2]), int(found[3])), (major, minor)
+    if found[4] == "a":
+        return built == gpu
+    if clusters and built < FIRST_WITH_CLUSTERS <= gpu:
+        return False
+    return built <= gpu and (built[0] == major or (found[1] == "compute" and not found[4]))
 
 
 def cache_folder() -> Path:
@@ -128,11 +173,32 @@ def build(
     if not command[0]:
         raise BuildError(_no_compiler(kind))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as aside:
-        whole = Path(aside) / path.name
-        _run([*command, *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(whole)])
-        whole.replace(path)
+    with _alone(path):
+        if path.exists():
+            return path
+        with tempfile.TemporaryDirectory(dir=path.parent) as aside:
+            whole = Path(aside) / path.name
+            _run([*command, *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(whole)])
+            whole.replace(path)
     return path
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """One process of this machine at a time; without a wait where there are no such locks.
+
+    The lock's file lies in the machine's own temporary folder: a shared file system may know no locks.
+    """
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            digest = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+            name = Path(tempfile.gettempdir()) / f"xdlm_megatron-{os.getuid()}-{digest}.lock"
+            descriptor = os.open(name, os.O_CREAT | os.O_RDWR | os.O_NOFOLLOW, 0o600)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def report(archs: Sequence[str] = ARCHITECTURES, jobs: int = 2) -> list[KernelUsage]:
@@ -153,6 +219,12 @@ def report(archs: Sequence[str] = ARCHITECTURES, jobs: int = 2) -> list[KernelUs
     pairs = [(arch, source) for arch in archs for source in sorted(CSRC.glob("*.cu"))]
     with ThreadPoolExecutor(jobs) as pool:
         return [usage for found in pool.map(lambda pair: compile_one(*pair), pairs) for usage in found]
+
+
+def table(usages: Sequence[KernelUsage]) -> str:
+    """A line a kernel and architecture."""
+    head = ("kernel", "arch", "registers", "spill bytes", "stack bytes")
+    return "\n".join(f"{k:<34}{a:<10}{r:>9}{s:>13}{t:>13}" for k, a, r, s, t in (head, *usages))
 
 
 def _command(kind: Kind, archs: Sequence[str], flags: Sequence[str]) -> list[str]:
@@ -240,10 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.what != "report":
             print(build(options.what, options.arch))
             return 0
-        print(f"{'kernel':<34}{'arch':<10}{'registers':>9}{'spill bytes':>13}{'stack bytes':>13}")
-        for usage in report(options.arch or ARCHITECTURES):
-            name, arch, *numbers = usage
-            print(f"{name:<34}{arch:<10}{numbers[0]:>9}{numbers[1]:>13}{numbers[2]:>13}")
+        print(table(report(options.arch or ARCHITECTURES)))
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

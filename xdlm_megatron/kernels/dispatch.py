@@ -12,6 +12,7 @@ from xdlm_megatron.kernels.build import BuildError
 from xdlm_megatron.kernels.library import KernelError, Library, load_cuda
 from xdlm_megatron.kernels.nelbo import nelbo_row_ops
 from xdlm_megatron.kernels.posterior import posterior_draw
+from xdlm_megatron.kernels.probe import probe
 
 Impl = Literal["auto", "cuda", "reference"]
 
@@ -36,7 +37,7 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(impl: Impl, device: torch.device) -> Kernels:
-    """`auto` takes CUDA kernels where the device, a library or a compiler for it allow.
+    """`auto` takes CUDA kernels where the device, a library or a compiler for it allow, and a probe is right.
 
     Raises:
         ValueError: impl is "cuda" and they do not.
@@ -45,6 +46,7 @@ def choose_kernels(impl: Impl, device: torch.device) -> Kernels:
         return Kernels(None, "PyTorch (as train.kernels says)")
     try:
         library = _load(device)
+        probe(library, device)
     except (BuildError, KernelError, OSError) as error:
         if impl == "cuda":
             raise ValueError(

@@ -123,8 +123,16 @@ def load_cuda(major: int, minor: int) -> Library:
     Raises:
         build.BuildError: no library and no way to make one.
     """
-    suffix = "a" if major == 9 else ""
-    path = build.find_installed(major, minor) or build.build("cuda", [f"sm_{major}{minor}{suffix}"])
+    if (major, minor) < build.OLDEST:
+        raise build.BuildError(f"a GPU of compute capability {major}.{minor}: the kernels need 8.0 or newer")
+    path = build.find_installed(major, minor)
+    if path is None:
+        try:
+            path = build.build("cuda", [f"sm_{major}{minor}{'a' if major == 9 else ''}"])
+        except build.BuildError:  # what runs, if not as fast as it could
+            path = build.find_installed(major, minor, clusters=False)
+            if path is None:
+                raise
     return Library(path, "cuda")
 
 

@@ -12,12 +12,14 @@ from xdlm_megatron.kernels.library import Library, rows_of
 
 def nelbo_row_ops(library: Library) -> RowOps:
     """RowOps whose tensors lie on the library's device. Logits: float32 or bfloat16, of any alignment."""
-    kernels = _NelboKernels(library)
+    kernels = NelboKernels(library)
     split = (kernels.stats, kernels.merge, kernels.sums, kernels.finish, kernels.grad)
     return RowOps(*split, whole=kernels.whole, rescale=kernels.rescale)
 
 
-class _NelboKernels:
+class NelboKernels:
+    """The operations, with what only tests and the probe ask for."""
+
     def __init__(self, library: Library) -> None:
         self._library = library
 

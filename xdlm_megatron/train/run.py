@@ -23,13 +23,14 @@ from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_train_samples
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
-from xdlm_megatron.kernels.dispatch import Kernels, choose_kernels
+from xdlm_megatron.kernels.dispatch import Kernels
 from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
 from xdlm_megatron.model.layer_spec import core_attention
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
+from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 from xdlm_megatron.tracking.console import ConsoleTracker
 from xdlm_megatron.tracking.jsonl import JsonlTracker, flush_to_disk, truncate_after
@@ -144,7 +145,7 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
     derived = derive(config, mesh.world_size)
     samples = build_train_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
-    kernels = choose_kernels(config.train.kernels, mesh.device)
+    kernels = choose_kernels_together(config.train.kernels, mesh)
     objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops)
     evaluator = None
     if config.data.valid_prefix is not None:

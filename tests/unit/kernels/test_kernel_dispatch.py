@@ -45,13 +45,40 @@ def test_a_gpu_without_library_and_compiler(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_library_that_can_be_had_serves(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device(library.device_type)
     monkeypatch.setattr(dispatch, "_load", lambda device: library)
     for impl in ("auto", "cuda"):
-        kernels = choose_kernels(impl, CPU)
+        kernels = choose_kernels(impl, device)
         assert kernels.row_ops is not REFERENCE
         assert kernels.draw_shard is not draw_shard
         assert kernels.reason == f"CUDA kernels ({library.path.name})"
-    assert choose_kernels("reference", CPU).row_ops is REFERENCE
+    assert choose_kernels("reference", device).row_ops is REFERENCE
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [("xdlm_nelbo_stats", "statistics"), ("xdlm_nelbo_whole", "losses"), ("xdlm_nelbo_whole", "gradients")],
+)
+def test_a_library_that_is_wrong_here_does_not_serve(
+    broken: str, said: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that starts and gives other numbers: the probe finds it, whichever it is."""
+    right = library.call
+
+    def call(name: str, device: torch.device, *arguments: object) -> None:
+        right(name, device, *arguments)
+        if name == broken:
+            given = [x for x in arguments if isinstance(x, torch.Tensor)]
+            given[-1 if said == "gradients" else 0].mul_(1.001)
+            if said == "gradients":
+                given[-1][:, 5] = 0.0
+
+    monkeypatch.setattr(library, "call", call)
+    monkeypatch.setattr(dispatch, "_load", lambda device: library)
+    device = torch.device(library.device_type)
+    assert choose_kernels("auto", device).reason.startswith(f"PyTorch (the kernels give wrong {said} here: ")
+    with pytest.raises(ValueError, match=f"wrong {said}"):
+        choose_kernels("cuda", device)
 
 
 def test_tensors_that_the_kernels_cannot_take_are_refused(library: Library) -> None:

@@ -6,6 +6,7 @@ const char* xdlm_error(int64_t code) {
     case kBadShape: return "a size is negative, or the shard has no columns";
     case kBadBinding: return "the library was built from other sources than its binding";
     case kDoesNotFit: return "a row does not fit into the shared memory of a cluster";
+    case kNoClusters: return "a row in several blocks, where the GPU or the code that it runs has no clusters";
   }
 #if defined(__CUDACC__)
   return cudaGetErrorString(cudaError_t(code));

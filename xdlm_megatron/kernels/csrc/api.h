@@ -9,7 +9,7 @@
 enum XdlmDtype { kFloat32 = 0, kBfloat16 = 1 };
 
 // Own error numbers lie above CUDA's.
-enum XdlmError { kBadDtype = 100001, kBadShape = 100002, kDoesNotFit = 100003, kBadBinding = 100004 };
+enum XdlmError { kBadDtype = 100001, kBadShape = 100002, kDoesNotFit = 100003, kBadBinding = 100004, kNoClusters = 100005 };
 
 // Rows of logits, one rank's columns [rows, columns] with row_stride elements from row to row, and what the loss
 // knows of their tokens. Column j is the id first_id + j; ids from vocab_size on are padding; mask_id is -1 where
@@ -48,7 +48,10 @@ XDLM_API int xdlm_nelbo_rescale(const XdlmRows*, const float* upstream_N, void* 
 // 1 is written once. A cluster of blocks keeps the row in its shared memory. cluster: 0 for xdlm_nelbo_cluster's.
 XDLM_API int xdlm_nelbo_whole(const XdlmRows*, float* loss_N, float* terms_6N, void* out, int64_t out_stride,
                               int64_t cluster, void* stream);
-// Blocks a row needs on the current device: 1, 2, 4 or 8; 0 if it does not fit.
+// Whether the blocks of a cluster reach each other: the current device has clusters, and the code that it runs was
+// compiled for one that has. PTX for less than 9.0 has no clusters wherever it is compiled in the end.
+XDLM_API int64_t xdlm_has_clusters(void);
+// Blocks a row needs on the current device: 1, 2, 4 or 8 (without clusters 1); 0 if it does not fit.
 XDLM_API int64_t xdlm_nelbo_cluster(const XdlmRows*);
 
 // Rows to draw a token from: row index[i] of the logits, at z_t zt[i], for i < rows. Its random numbers are those of

@@ -104,12 +104,25 @@ int64_t row_bytes(const XdlmRows& rows, int64_t cluster) {
 
 using namespace xdlm;
 
+int64_t xdlm_has_clusters(void) {
+#if defined(__CUDACC__)
+  int device = 0, major = 0;
+  cudaFuncAttributes code{};
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaFuncGetAttributes(&code, (const void*)whole_kernel<float>) != cudaSuccess)
+    return 0;
+  return major >= 9 && code.ptxVersion >= 90;
+#else
+  return 1;
+#endif
+}
+
 int64_t xdlm_nelbo_cluster(const XdlmRows* rows) {
 #if defined(__CUDACC__)
-  int device = 0, major = 0, most = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (major < 9) {  // no clusters: one block with all the shared memory that it can have
+  if (!xdlm_has_clusters()) {  // one block with all the shared memory that it can have
+    int device = 0, most = 0;
+    cudaGetDevice(&device);
     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     return row_bytes(*rows, 1) + int64_t(kScratchBytes) <= most ? 1 : 0;
   }
@@ -125,6 +138,7 @@ int xdlm_nelbo_whole(const XdlmRows* rows, float* loss_N, float* terms_6N, void*
   if (error != 0) return error;
   if (cluster == 0) cluster = xdlm_nelbo_cluster(rows);
   if (cluster == 0) return kDoesNotFit;
+  if (cluster > 1 && !xdlm_has_clusters()) return kNoClusters;
   const int slice = int(slice_of(*rows, cluster)), threads = threads_for(slice, kThreads);
   const size_t bytes = kScratchBytes + size_t(row_bytes(*rows, cluster));
   const int64_t blocks = rows->rows * cluster;

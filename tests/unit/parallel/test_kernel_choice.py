@@ -1,0 +1,99 @@
+"""All processes choose the same kernels, and say who has none."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from xdlm_megatron.kernels import dispatch
+from xdlm_megatron.kernels.build import find_cxx
+from xdlm_megatron.kernels.library import load_host
+from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
+from xdlm_megatron.parallel.mesh import open_mesh
+
+needs_cxx = pytest.mark.skipif(find_cxx() is None, reason="needs g++")
+
+
+@needs_cxx
+def test_one_process_chooses_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with open_mesh() as mesh:
+        with pytest.raises(ValueError, match=r"had on cpu: no GPU here; or let train.kernels be auto$"):
+            choose_kernels_together("cuda", mesh)
+        assert choose_kernels_together("auto", mesh).reason == "PyTorch (no GPU here)"
+        monkeypatch.setattr(dispatch, "_load", lambda device: load_host())
+        for impl in ("auto", "cuda"):
+            assert choose_kernels_together(impl, mesh).library is load_host()
+        assert choose_kernels_together("reference", mesh).library is None
+
+
+PROGRAM = """
+import os
+import xdlm_megatron.parallel
+from xdlm_megatron.kernels import dispatch
+from xdlm_megatron.kernels.build import BuildError
+from xdlm_megatron.kernels.library import load_host
+from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
+from xdlm_megatron.parallel.mesh import open_mesh
+
+has_none = None
+
+def load(device):
+    if int(os.environ["RANK"]) == has_none:
+        raise BuildError("no nvcc")
+    return load_host()
+
+dispatch._load = load
+with open_mesh() as mesh:
+    for has_none in (None, 1, 0):
+        for impl in ("auto", "cuda", "reference"):
+            try:
+                print(choose_kernels_together(impl, mesh).reason)
+            except ValueError as error:
+                print(error)
+"""
+
+
+@needs_cxx
+@pytest.mark.distributed
+def test_two_processes_one_without_a_compiler() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    load_host()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROGRAM],
+            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    kernels, reference = f"CUDA kernels ({load_host().path.name})", "PyTorch (as train.kernels says)"
+    want = [kernels, kernels, reference]
+    for rank in (1, 0):
+        who = f"; process {rank} says so, and all must choose alike"
+        refusal = f"train.kernels=cuda cannot be had on cpu: no nvcc; or let train.kernels be auto{who}"
+        want += [f"PyTorch (no nvcc){who}", refusal, reference]
+    for out, _ in outputs:
+        assert [line for line in out.splitlines() if line.startswith(("CUDA", "PyT", "train"))] == want
