@@ -10,7 +10,8 @@ losses, scaled or not). Where it is not, or where backward is called again, it r
 weight and multiplies each token's own upstream gradient in before the sum over tokens: four products.
 
 The weight's gradient is a float32 sum over chunks. Where the caller has such a sum already (Megatron's
-main_grad), forward adds to it, and no [P, H] tensor is made.
+main_grad), forward adds to it, and no [P, H] tensor is made. What is in there cannot be scaled any more, so
+the upstream gradient must be 1.
 
 Only tokens that have a loss are multiplied, in every product: at k = 0 the masked ones, and never those with
 dalpha = 0.
@@ -34,6 +35,7 @@ from xdlm_megatron.diffusion.vocab_parallel import (
     check_shards,
     from_rows,
     is_transposed,
+    opaque_to_compile,
     shard_nelbo,
     shard_of,
     to_rows,
@@ -46,6 +48,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 27}
 TILE_ELEMENTS = 1 << 22
 
 
+@opaque_to_compile
 def head_nelbo(
     hidden_BSH: Tensor,
     weight_PH: Tensor,
@@ -69,9 +72,8 @@ def head_nelbo(
     token with dalpha = 0 may have hidden states of NaN.
 
     main_grad_PH: float32, the caller's sum of the weight's gradients. Forward adds this batch's for an
-    upstream gradient of 1, and autograd gets none for the weight; backward adds the rest if the upstream
-    gradient is another. So backward must follow every forward under autograd, and a token with dalpha != 0
-    must be finite even if its upstream gradient is 0.
+    upstream gradient of 1, and autograd gets none for the weight; backward raises ValueError on any other
+    upstream gradient. So backward must follow every forward under autograd, by a plain sum of the losses.
 
     The gradient of hidden_BSH is this rank's share, as that of any column-parallel product: the caller sums
     it over the group (all-reduce, or reduce-scatter with sequence parallelism). Rows of the weight that
@@ -210,13 +212,18 @@ class _HeadNelbo(torch.autograd.Function):
         return loss_N
 
     @staticmethod
+    @opaque_to_compile
     @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         hidden_BSH, weight_PH, terms_6N = ctx.saved_tensors
         plan, needs = ctx.plan, ctx.needs_input_grad[:2]
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or not bool((upstream_N == 1).all()):
-            gradients = _corrected(gradients, hidden_BSH, weight_PH, terms_6N, upstream_N, plan, needs)
+        if not bool((upstream_N == 1).all()):
+            if needs[1] and plan.main_grad_PH is not None:
+                raise ValueError(_not_one(upstream_N))
+            gradients = _scaled(gradients, upstream_N)
+        if gradients is None:
+            gradients = _recompute(hidden_BSH, weight_PH, terms_6N, plan, upstream_N, needs)
         own = needs[1] and plan.main_grad_PH is None
         grad_PH = gradients.weight_PH.to(weight_PH.dtype) if own else None
         if gradients.hidden_NH is None:
@@ -227,26 +234,22 @@ class _HeadNelbo(torch.autograd.Function):
         return grad_BSH.transpose(0, 1) if plan.transposed else grad_BSH, grad_PH, None, None
 
 
-def _corrected(
-    gradients: _Gradients | None,
-    hidden_BSH: Tensor,
-    weight_PH: Tensor,
-    terms_6N: Tensor,
-    upstream_N: Tensor,
-    plan: _Plan,
-    needs: tuple[bool, bool],
-) -> _Gradients:
-    """The gradients where the upstream gradient is not the 1 that forward's are for, or those are gone."""
-    operands = (hidden_BSH, weight_PH, terms_6N, plan)
-    if needs[1] and plan.main_grad_PH is not None:
-        missing_N = upstream_N if gradients is None else upstream_N - 1
-        _recompute(*operands, missing_N, (False, True))
-        needs = (needs[0], False)
+def _not_one(upstream_N: Tensor) -> str:
+    other = upstream_N[upstream_N != 1][0].item()
+    return (
+        f"head_nelbo with main_grad_PH got an upstream gradient of {other:.6g} and can take 1 alone, for "
+        "forward has already added the weight's gradient; call backward on the plain sum of the losses and "
+        "scale main_grad afterwards, or leave main_grad_PH out (train.fuse_head=never leaves out all of it)"
+    )
+
+
+def _scaled(gradients: _Gradients | None, upstream_N: Tensor) -> _Gradients | None:
+    """Forward's gradients times the upstream gradient; None if it differs or they are gone."""
     factor = upstream_N[0]
     if gradients is None or not bool(((upstream_N == factor) & (factor != 0)).all()):
-        return _recompute(*operands, upstream_N, needs)
-    for wanted, x in zip(needs, (gradients.hidden_NH, gradients.weight_PH), strict=True):
-        if wanted and x is not None:
+        return None
+    for x in (gradients.hidden_NH, gradients.weight_PH):
+        if x is not None:
             x.mul_(factor)
     return gradients
 
@@ -259,7 +262,7 @@ def _recompute(
     upstream_N: Tensor,
     needs: tuple[bool, bool],
 ) -> _Gradients:
-    """The gradients for an upstream gradient that differs between tokens, from the logits made again."""
+    """The gradients for any upstream gradient, from the logits made again."""
     head = _Head(hidden_BSH, weight_PH, plan)
     gradients = _Gradients(head, plan, needs)
     for rows in plan.chunks():

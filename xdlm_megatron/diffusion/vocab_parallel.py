@@ -6,6 +6,10 @@ multiplied in in float32, before the gradient's only rounding to the logits' dty
 all-gather of 16 bytes a token, one of 8 (k > 0 only), none in backward. Both are merged in rank order, so
 that every rank gets the same bits; an all-reduce does not promise that.
 
+torch.compile sees none of it: Inductor would unroll the passes' loop over rows and keep every step's scratch,
+several float32 copies of the logits (tests/unit/diffusion/test_twin_memory.py). A compiled region breaks here
+and goes on behind.
+
 Shape suffixes: B batch, S sequence, P vocabulary shard, N tokens in the logits' storage order, R ranks.
 """
 
@@ -14,13 +18,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from xdlm_megatron.diffusion.nelbo import per_token
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps, Shard, Tokens, compute_dtype
 
+# torch.compiler.disable, which would import Dynamo (1.3 s of CPU time) here instead of at the first call.
+opaque_to_compile = _disable_dynamo
 
+
+@opaque_to_compile
 def vocab_parallel_nelbo(
     logits_BSP: Tensor,
     zt_BS: Tensor,
@@ -83,6 +92,7 @@ class _VocabParallelNelbo(torch.autograd.Function):
         return loss_N
 
     @staticmethod
+    @opaque_to_compile
     @once_differentiable
     def backward(ctx: Any, upstream_N: Tensor) -> tuple[Tensor | None, ...]:
         logits_BSP, terms_6N = ctx.saved_tensors
