@@ -86,9 +86,7 @@ def _train(options: argparse.Namespace) -> int:
 
     try:
         outcome = train(config, resume=options.resume, allow_fallback=options.allow_fallback)
-    except TrainingError as error:
-        if error.untold:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+    except TrainingError:  # told already
         return ExitStatus.FAILED
     return ExitStatus.REQUEUE if outcome == REQUEUE else ExitStatus.DONE
 

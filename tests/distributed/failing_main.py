@@ -1,6 +1,6 @@
 """`python -m xdlm_megatron` in which the disk is full, or the loss jumps, at a chosen moment.
 
-$FAILURE is {"what": a name of FAILURES, "rank": r, "step": n}.
+$FAILURE is {"what": a name of FAILURES or FILES, "rank": r, "step": n}.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import errno
 import json
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -28,6 +30,7 @@ FAILURES: dict[str, tuple[Any, str]] = {
     "latest": (writer, "_point_latest"),
     "a line of metrics": (jsonl.JsonlTracker, "log"),
 }
+FILES = ("common.pt", "metadata.json")  # of a checkpoint: the system itself refuses what is written to them
 step, failure = TrainStep.__call__, json.loads(os.environ["FAILURE"])
 
 
@@ -35,8 +38,15 @@ def full_disk(*_: Any, **__: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def room_with_full_file(aside: Path, make_room: Callable[[Path], None] = writer._make_room) -> None:
+    make_room(aside)
+    (aside / failure["what"]).symlink_to("/dev/full")
+
+
 def step_with_full_disk(self: TrainStep, state: TrainState) -> StepResult:
-    if state.step + 1 == failure["step"]:
+    if state.step + 1 == failure["step"] and failure["what"] in FILES:
+        writer._make_room = room_with_full_file
+    elif state.step + 1 == failure["step"]:
         setattr(*FAILURES[failure["what"]], full_disk)
     return step(self, state)
 

@@ -123,7 +123,10 @@ FULL = {
     "the manifest": 0,
     "latest": 0,
     "a line of metrics": 0,
+    "common.pt": 0,
+    "metadata.json": 0,
 }
+TORN = "common.pt"  # torch writes it by itself, and does not say what the system said
 
 
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
@@ -139,9 +142,12 @@ def test_a_full_disk(
     ends = [*options, "train.stop_after_step=9"]
     output = launch(2, "train", path, ends, FAILING, status=ExitStatus.FAILED)
     assert output.count("error: ") == 1, output
-    assert "No space left on device; make room or mend the disk, then go on by --resume" in output
+    reason = "a file could not be written whole" if what == TORN else "No space left on device"
+    (line,) = [line for line in output.splitlines() if "error: " in line]
+    assert reason in line
+    assert "; make room or mend the disk, then go on by --resume" in line
     assert "Traceback" not in output
-    assert (run / "outcome").read_text().startswith("failed: ")
+    assert (run / "outcome").read_text() == line.replace("error: ", "failed: ") + "\n"
     latest = (run / "checkpoints/latest").read_text().strip()
     assert latest in ("step_00000002", "step_00000004")[: 1 + is_async]
     assert find_damage(run / "checkpoints" / latest) is None
@@ -149,6 +155,31 @@ def test_a_full_disk(
     assert f"resumes at step {int(latest[5:])}" in output
     assert read_series(run / "metrics.jsonl", "consumed_samples") == [8 * step for step in range(1, 8)]
     ends_well(run, "stopped", output)
+
+
+@pytest.mark.parametrize("what", ["run.output_dir", "lock", "metrics.jsonl.superseded"])
+def test_a_folder_that_cannot_be_written_to(what: str, recipe: dict, tmp_path: Path) -> None:
+    """Found by the main process, the mistake of all: one line, and status 2 from each."""
+    path, run = write_recipe(tmp_path, recipe, "shut"), tmp_path / "runs/shut"
+    options = ["train.stop_after_step=3", "checkpoint.save_interval=1"]
+    if what == "run.output_dir":
+        (tmp_path / "file").touch()
+        options.append(f"{what}={tmp_path / 'file'}")
+        refused = f"{tmp_path / 'file/shut'}: Not a directory; "
+    else:
+        launch(2, "train", path, options)
+        (run / "checkpoints/latest").write_text("step_00000002\n")
+        (run / what).unlink(missing_ok=True)
+        (run / what).mkdir()
+        options.append("--resume")
+        refused = f"{run / what}: Is a directory; "
+    with started(2, "train", path, options) as job:
+        assert job.wait() == [ExitStatus.USER_ERROR] * 2, job.output()
+        output = job.output()
+    (line,) = [line for line in output.splitlines() if "error: " in line]
+    assert refused in line
+    assert line.endswith("or choose another run.output_dir")
+    assert "Traceback" not in output
 
 
 def test_a_tracker_that_hangs_holds_nothing_up(

@@ -30,6 +30,7 @@ from xdlm_megatron.parallel.mesh import Mesh
 
 _ASIDE = ".tmp"
 _PROBE_BYTES = 1 << 20
+_TORN = ("iostream error", "inline_container")  # torch.save's RuntimeErrors for a file not written whole
 
 
 class SaveError(RuntimeError):
@@ -84,6 +85,11 @@ class CheckpointWriter:
             )
         except OSError as error:
             raise self._cannot_save(step, error) from error
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _TORN):
+                raise
+            reason = f"a file could not be written whole ({str(error).rsplit('] . ', 1)[-1]})"
+            raise self._cannot_save(step, OSError(reason)) from error
         self._current = _Writing(step, aside, request, is_copied=self._is_async)
         self._current.thread.start()
         if not self._is_async:
@@ -97,8 +103,8 @@ class CheckpointWriter:
         """
         if self._current is None:
             return None
+        self.wait()
         writing, self._current = self._current, None
-        writing.thread.join()
         failure = None
         try:
             for finalize in writing.request.finalize_fns:
@@ -124,6 +130,11 @@ class CheckpointWriter:
             return final
 
         return self._on_main(writing.step, publish_on_main)
+
+    def wait(self) -> None:
+        """Waits until this process writes no more; what it has written stays unpublished."""
+        if self._current is not None:
+            self._current.thread.join()
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """`begin` and `publish`; returns the published folder."""

@@ -115,7 +115,8 @@ def open_mesh(
 ) -> Iterator[Mesh]:
     """Starts torch.distributed (NCCL with CUDA, gloo without) and Megatron's groups; closes them at the end.
 
-    Reads RANK, WORLD_SIZE and LOCAL_RANK as torchrun sets them; without them this is a world of one.
+    Reads RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as torchrun sets them; without them this is a
+    world of one.
 
     Raises:
         ValueError: the sizes do not fit the world, or the processes the GPUs.
@@ -124,11 +125,13 @@ def open_mesh(
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
-        if local_rank >= torch.cuda.device_count():
+        # On every process of the machine, as the first of them alone prints.
+        num_processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+        if num_processes > torch.cuda.device_count():
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU of its own: there are "
-                f"{torch.cuda.device_count()}; start as many processes, or set CUDA_VISIBLE_DEVICES= "
-                "to use the CPU"
+                f"this machine has {num_processes} processes and {torch.cuda.device_count()} GPUs, and each "
+                "process needs one of its own; start as many processes, or set CUDA_VISIBLE_DEVICES= to use "
+                "the CPU"
             )
         torch.cuda.set_device(device)
     started_here = not dist.is_initialized()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,14 +19,19 @@ from xdlm_megatron.checkpoint.writer import SaveError
 OUTCOME = "outcome"
 FINISHED, STOPPED, REQUEUE, FAILED = "finished", "stopped", "requeue", "failed"
 
+_LOST = "another process has died or does not answer"
 _GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer")
 _DISK = (ENOSPC, EDQUOT, EFBIG, EIO, None)  # None: a write that the disk took a part of (tracking/jsonl.py)
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what to change. untold: no process has said so yet."""
+    """Training cannot go on; the message says why and what to change. told: a process has printed it."""
 
-    untold = True
+    told = False
+
+
+class LostProcessError(TrainingError):
+    """Another process has died or stands still: what this one meets, seldom why the job ends."""
 
 
 @dataclass
@@ -37,15 +44,23 @@ class Progress:
 
 @contextmanager
 def failures_explained(progress: Progress) -> Iterator[None]:
-    """Makes TrainingErrors of a failed save, a full disk or a lost process; a job says once why it ended."""
+    """Makes TrainingErrors of a failed save, a full disk or a lost process; a job says once why it ended.
+
+    The process group must outlive the block: once it closes, the others meet a lost process, and the cause
+    must be told by then.
+    """
     try:
         yield
     except Exception as error:
         explained = _explain(error, progress)
         if explained is None:
             raise
-        if progress.folder is not None:
-            explained.untold = record_outcome(progress.folder, f"{FAILED}: {explained}")
+        if not explained.told:
+            if progress.folder is None or _record_failure(progress.folder, explained):
+                print(f"error: {explained}", file=sys.stderr, flush=True)
+            explained.told = True
+        if explained is error:
+            raise
         raise explained from error
 
 
@@ -83,16 +98,37 @@ def record_outcome(folder: Path, text: str) -> bool:
     return True
 
 
-def _lost_process(error: Exception, doing: str) -> TrainingError | None:
+def _record_failure(folder: Path, error: TrainingError) -> bool:
+    """Whether this process is to tell: the first that fails, or that knows more than a lost process."""
+    text = f"{FAILED}: {error}"
+    if record_outcome(folder, text):
+        return True
+    if isinstance(error, LostProcessError):
+        return False
+    try:
+        with (folder / OUTCOME).open("r+") as file:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if _LOST not in file.read():
+                return False
+            file.seek(0)
+            file.write(f"{text}\n")
+            file.truncate()
+    except OSError:
+        pass
+    return True
+
+
+def _lost_process(error: Exception, doing: str) -> LostProcessError | None:
     """The error to raise where a collective failed because of another process; None for any other error."""
     text = " ".join(str(error).split())
     if not isinstance(error, dist.DistError) and not (
         isinstance(error, RuntimeError) and any(sign in text for sign in _GLOO)
     ):
         return None
-    return TrainingError(
-        f"{doing}: another process has died or does not answer ({_collective(error)}: {_reason(text)}); look "
-        "for its last lines above, then go on by --resume"
+    return LostProcessError(
+        f"{doing}: {_LOST} ({_collective(error)}: {_reason(text)}); look for its last lines above, then "
+        "go on by --resume"
     )
 
 

@@ -189,8 +189,9 @@ def _hopeless(state: TrainState) -> str:
     first = state.step - state.skipped_in_a_row + 1
     return (
         f"the {state.skipped_in_a_row} steps from {first} on had a non-finite gradient "
-        "(train.max_skipped_steps), so the weights may be ruined: look at the data, then go on from a "
-        f"checkpoint before step {first}, or start a run with a lower optimizer.lr"
+        "(train.max_skipped_steps), so the weights may be ruined, and a resume meets the same samples, "
+        f"noise and updates again: look at them (tools/show_batch.py --step {first}), then start a run of "
+        "another run.name, with the data mended or a lower optimizer.lr or optimizer.clip_grad"
     )
 
 

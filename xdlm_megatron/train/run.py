@@ -40,10 +40,9 @@ from xdlm_megatron.train.ending import (
     FINISHED,
     Progress,
     failures_explained,
-    forget_outcome,
     record_outcome,
 )
-from xdlm_megatron.train.lock import locked_run
+from xdlm_megatron.train.lock import locked_run, on_main_in
 from xdlm_megatron.train.loop import Loop
 from xdlm_megatron.train.peak import peak_flops
 from xdlm_megatron.train.provenance import (
@@ -140,6 +139,9 @@ class Saver:
     def publish(self) -> None:
         self._writer.publish()
 
+    def wait(self) -> None:
+        self._writer.wait()
+
 
 def build_run(config: RunConfig, mesh: Mesh) -> Run:
     """Data first (it is what users get wrong most), then model, optimizer, EMA and evaluation."""
@@ -165,7 +167,7 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
 
     Raises:
         ConfigError, DataError, CheckpointError, ValueError: the user's to mend, with the cure in the message.
-        TrainingError: training cannot go on.
+        TrainingError: training cannot go on; the message is printed, by one process of the job.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(catch_stop_signals())
@@ -173,23 +175,28 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         stack.enter_context(failures_explained(progress))
         mesh = stack.enter_context(open_mesh_for(config.parallel))
         _check_folder(config, resume)  # at once, and again when nobody else can change the answer
+        folder = run_folder(config)
+        if resume:  # first, so that a start that fails does not leave the outcome of the one before
+            stack.enter_context(locked_run(folder, mesh))
         run = build_run(config, mesh)
-        stack.enter_context(locked_run(run.folder, mesh))
+        if not resume:  # last, so that a mistake leaves no folder
+            stack.enter_context(locked_run(folder, mesh))
+        saver = Saver(run)
+        stack.callback(saver.wait)  # before the lock goes: what still writes, writes alone
+        stack.enter_context(failures_explained(progress))  # and once more inside, before the mesh closes
         start = _choose_start(config, mesh, resume, allow_fallback)
-        mesh.on_main(lambda: forget_outcome(run.folder))
-        progress.folder = run.folder
+        progress.folder = folder
         progress.doing = "start" if start is None else f"load of {start}"
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
-        if mesh.is_main:
-            _prepare_folder(run, state)
+        on_main_in(folder, mesh, lambda: _prepare_folder(run, state))
         peak, source = peak_flops(mesh.device, DTYPES[config.precision.dtype])
         if mesh.is_main:
             print(describe(run, state, source), flush=True)
         tracker = _build_tracker(run, state)
         status = "FAILED"
         try:
-            loop = Loop(run.step, run.evaluator, tracker, Saver(run), peak, _spike_reporter(run), progress)
+            loop = Loop(run.step, run.evaluator, tracker, saver, peak, _spike_reporter(run), progress)
             outcome = loop.run(state, stop)
             status = "FINISHED" if outcome == FINISHED else "KILLED"
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,42 @@ def test_a_failed_save_says_what_to_do(tmp_path: Path, mesh: Mesh, megatron: Fak
         save(tmp_path, 10, mesh)
     assert names(tmp_path) == ["step_00000005"]
     assert not (tmp_path / "step_00000010.tmp").exists(), "it holds the room that is missing"
+
+
+@pytest.mark.parametrize("size", [1, 100_000], ids=["small", "large"])
+def test_a_plain_file_that_is_not_written_whole(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """torch speaks of streams and containers, the smaller and the larger way."""
+    make_room = writer._make_room
+
+    def full(aside: Path) -> None:
+        make_room(aside)
+        (aside / "common.pt").symlink_to("/dev/full")
+
+    monkeypatch.setattr(writer, "_make_room", full)
+    with pytest.raises(SaveError, match=r"step 5 in .*: a file could not be written whole \(.*\); make room"):
+        CheckpointWriter(tmp_path, mesh, 2).save(5, {"recipe": torch.zeros(size)})
+
+
+def test_whoever_gives_up_waits_for_what_still_writes(
+    tmp_path: Path, mesh: Mesh, megatron: FakeMegatron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = FakeRequest.write
+
+    def slowly(self: FakeRequest, *_: Any) -> None:
+        time.sleep(0.3)
+        write(self)
+
+    monkeypatch.setattr(FakeRequest, "write", slowly)
+    checkpoints = CheckpointWriter(tmp_path, mesh, 2, is_async=True)
+    checkpoints.wait()
+    checkpoints.begin(1, {"step": 1})
+    assert not checkpoints.is_written
+    checkpoints.wait()
+    assert checkpoints.is_written
+    assert (tmp_path / "step_00000001.tmp/first_half").exists()
+    assert find_latest(tmp_path) is None
 
 
 def test_one_save_at_a_time(tmp_path: Path, mesh: Mesh, megatron: FakeMegatron) -> None:

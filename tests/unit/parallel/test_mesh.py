@@ -17,7 +17,7 @@ from xdlm_megatron.parallel.mesh import open_mesh
 
 @pytest.fixture(autouse=True)
 def _no_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -71,6 +71,24 @@ def test_a_process_group_that_was_there_stays() -> None:
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("local_rank", "told"), [(0, "4"), (3, "4"), (3, None)])
+def test_more_processes_than_gpus_are_refused_by_all(
+    local_rank: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one, which prints for its machine, has a GPU itself."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+    if told is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", told)
+    with (
+        pytest.raises(ValueError, match=r"4 processes and 2 GPUs.*; start as many processes, or set CUDA"),
+        open_mesh(),
+    ):
+        raise AssertionError("the mesh opened")
+    assert not dist.is_initialized()
 
 
 PROGRAM = """

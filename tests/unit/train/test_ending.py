@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,10 +59,55 @@ def test_other_errors_stay_as_they_are(error: Exception, tmp_path: Path) -> None
     assert not (tmp_path / "outcome").exists()
 
 
-def test_the_first_process_tells(tmp_path: Path) -> None:
+def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    return capfd.readouterr().err.splitlines()
+
+
+def test_the_first_process_that_knows_the_cause_tells(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    progress, outcome = Progress("step 2", tmp_path), tmp_path / "outcome"
+    explain(RuntimeError(GLOO), progress)
+    explain(RuntimeError(GLOO), progress)
+    (lost,) = lines(capfd)
+    assert "another process has died" in lost
+    assert outcome.read_text() == lost.replace("error: ", "failed: ") + "\n"
+    for _ in range(3):
+        explain(SaveError("no room"), progress)
+    explain(RuntimeError(GLOO), progress)
+    assert lines(capfd) == ["error: no room"]
+    assert outcome.read_text() == "failed: no room\n"
+
+
+def test_the_cause_is_told_before_the_others_can_know(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in train/run.py: outside, the process group has closed, and closing it may fail too."""
     progress = Progress("step 2", tmp_path)
-    assert [explain(TrainingError("too many NaN"), progress).untold for _ in range(3)] == [True, False, False]
-    assert (tmp_path / "outcome").read_text() == "failed: too many NaN\n"
+
+    @contextmanager
+    def process_group() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            assert lines(capfd) == ["error: no room"]
+            assert (tmp_path / "outcome").read_text() == "failed: no room\n"
+            raise RuntimeError(GLOO)
+
+    with (
+        pytest.raises(TrainingError),
+        failures_explained(progress),
+        process_group(),
+        failures_explained(progress),
+    ):
+        raise SaveError("no room")
+    assert lines(capfd) == []
+    with pytest.raises(TrainingError), failures_explained(progress), failures_explained(Progress()):
+        raise SaveError("said within")
+    assert lines(capfd) == ["error: said within"]
+
+
+def test_an_outcome_is_written_once(tmp_path: Path) -> None:
     forget_outcome(tmp_path)
     forget_outcome(tmp_path)
     assert record_outcome(tmp_path, "finished at step 3")
@@ -68,5 +115,8 @@ def test_the_first_process_tells(tmp_path: Path) -> None:
     assert (tmp_path / "outcome").read_text() == "finished at step 3\n"
 
 
-def test_a_process_that_cannot_write_tells_all_the_same(tmp_path: Path) -> None:
-    assert record_outcome(tmp_path / "gone", "failed: x")
+def test_a_process_that_cannot_write_tells_all_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    explain(SaveError("no room"), Progress("step 2", tmp_path / "gone"))
+    assert lines(capfd) == ["error: no room"]

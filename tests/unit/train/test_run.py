@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import shutil
@@ -19,7 +20,7 @@ from xdlm_megatron.data.preprocess import PreprocessOptions, preprocess
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import open_mesh
-from xdlm_megatron.train.run import build_run, train
+from xdlm_megatron.train.run import Saver, build_run, train
 
 DROPOUT = {"num_layers": 2, "hidden_dropout": 0.1, "attention_dropout": 0.1}
 
@@ -216,6 +217,27 @@ def test_the_outcome_is_of_the_last_start(tiny_recipe: dict, tmp_path: Path) -> 
     with pytest.raises(CheckpointError):
         train(config_for(tiny_recipe, tmp_path))
     assert outcome.read_text() == "finished at step 6\n", "a start that is refused changes nothing"
+    outcome.write_text("requeue at step 6\n")
+    with pytest.raises(ValueError, match="no such manifest"):
+        train(config_for(tiny_recipe, tmp_path, data={"valid_prefix": "gone"}), resume=True)
+    assert not outcome.exists(), "a script that asks it would start the run for ever"
+
+
+def test_the_lock_outlives_whatever_still_writes(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = []
+
+    def wait(self: Saver) -> None:
+        with (tmp_path / "tiny/lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                refused.append(self)
+
+    monkeypatch.setattr(Saver, "wait", wait)
+    train(config_for(tiny_recipe, tmp_path, train={"stop_after_step": 1}))
+    assert len(refused) == 1
 
 
 @pytest.mark.parametrize("use_ema", [True, False])

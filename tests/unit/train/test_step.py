@@ -179,7 +179,7 @@ def test_a_save_is_published_once_written_and_before_the_end(
 
 
 def test_a_hopeless_run_publishes_what_it_has_begun(tiny_recipe: dict, mesh: Mesh, tmp_path: Path) -> None:
-    """The checkpoint of the good step 1 is what the user is told to go on from."""
+    """The checkpoint of the good step 1 is there to look at."""
     run = new_run(tiny_recipe, mesh, tmp_path, train={"max_skipped_steps": 1, "micro_batch_size": 8})
     poison(run, {1})
     run.step.config = dataclasses.replace(
@@ -200,7 +200,8 @@ def test_too_many_in_a_row_end_the_run(tiny_recipe: dict, mesh: Mesh, tmp_path: 
     saved: list[int] = []
     loop = Loop(run.step, None, NoopTracker(), FakeSaver(saved), peak_flops=1e9)
     with pytest.raises(
-        TrainingError, match=r"the 3 steps from 5 on .*\(train.max_skipped_steps\).*optimizer.lr"
+        TrainingError,
+        match=r"the 3 steps from 5 on .*\(train.max_skipped_steps\).* again: .*another run.*optimizer.lr",
     ):
         loop.run(state, StopRequest())
     assert (state.step, state.skipped_steps) == (7, 5)
