@@ -16,6 +16,7 @@ from tests.unit.model.small import small_config
 from xdlm_megatron.checkpoint.reader import CheckpointError, find_latest
 from xdlm_megatron.config.load import ConfigError
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.preprocess import PreprocessOptions, preprocess
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.model.build import unwrap
@@ -207,7 +208,9 @@ def test_a_run_that_never_saved_starts_again(
     assert len((folder / "metrics.jsonl.superseded").read_text().splitlines()) == 3
 
 
-def test_the_outcome_is_of_the_last_start(tiny_recipe: dict, tmp_path: Path) -> None:
+def test_the_outcome_is_of_the_last_start(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_for(tiny_recipe, tmp_path, train={"stop_after_step": 2})
     train(config)
     outcome = tmp_path / "tiny/outcome"
@@ -218,8 +221,13 @@ def test_the_outcome_is_of_the_last_start(tiny_recipe: dict, tmp_path: Path) -> 
         train(config_for(tiny_recipe, tmp_path))
     assert outcome.read_text() == "finished at step 6\n", "a start that is refused changes nothing"
     outcome.write_text("requeue at step 6\n")
-    with pytest.raises(ValueError, match="no such manifest"):
-        train(config_for(tiny_recipe, tmp_path, data={"valid_prefix": "gone"}), resume=True)
+
+    def unreadable(*_: Any) -> None:
+        raise DataError("text.bin is cut short")
+
+    monkeypatch.setattr("xdlm_megatron.train.run.build_train_samples", unreadable)
+    with pytest.raises(DataError):
+        train(config_for(tiny_recipe, tmp_path), resume=True)
     assert not outcome.exists(), "a script that asks it would start the run for ever"
 
 
