@@ -205,7 +205,7 @@ class Train:
     max_skipped_steps: PositiveInt = 10
     """Consecutive steps with a non-finite gradient that end the run."""
     spike_factor: PositiveFloat | None = 10.0
-    """Report a loss this many robust deviations above the median of recent steps; null: no reports."""
+    """Report a loss not finite or this many robust deviations above the recent median; null: no reports."""
     stop_after_step: PositiveInt | None = None
     """Save and stop cleanly after this step; the schedule still aims at num_steps."""
 
