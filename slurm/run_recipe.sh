@@ -64,7 +64,7 @@ say "job $SLURM_JOB_ID, start $((restart + 1)), $SLURM_NTASKS processes on $SLUR
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000)) # another one each start: the old may linger
 export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS
-[[ $SLURM_TASKS_PER_NODE == *,* ]] || export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%(*} # as 8(x4)
+[[ ${SLURM_TASKS_PER_NODE:-,} == *,* ]] || export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%(*} # as 8(x4)
 # shellcheck disable=SC2016  # for the task's shell, which knows its place
 as_rank=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank)
 
