@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <memory>
 #include <vector>
 #include "api.h"
@@ -109,6 +110,12 @@ void whole(int64_t columns, int64_t dtype, float k, int64_t cluster) {
   error |= xdlm_nelbo_whole(&c.rows, loss.data(), terms.data(), nullptr, 0, cluster, nullptr);
   expect(error == 0, "an error number", columns, dtype, k);
   expect(sound(loss.data()), "whole: a loss that cannot be", columns, dtype, k);
+  auto both = c.logits(0, kRows);  // the gradient over the logits
+  c.rows.logits = both.get();
+  error = xdlm_nelbo_whole(&c.rows, loss.data(), terms.data(), both.get(), columns, cluster, nullptr);
+  expect(error == 0 && sound(loss.data()), "in place: a loss that cannot be", columns, dtype, k);
+  const bool same = memcmp(both.get(), out.get(), size_t(kRows * columns) * c.bytes()) == 0;
+  expect(same, "in place: another gradient", columns, dtype, k);
 }
 
 }  // namespace
@@ -118,8 +125,10 @@ int main() {
     for (int64_t dtype : {int64_t(kFloat32), int64_t(kBfloat16)})
       for (int64_t columns : {int64_t(61), int64_t(520)}) {
         split(columns, dtype, k, columns == 61 ? 2 : 1);
-        whole(columns, dtype, k, columns == 61 ? 1 : 3);
+        whole(columns, dtype, k, columns == 61 ? 2 : 3);
       }
+  whole(61, kFloat32, 0.1f, 1);
+  whole(61, kBfloat16, 0.1f, 8);  // whose last blocks have no columns
   XdlmRows bad{};
   bad.dtype = 7;
   expect(xdlm_nelbo_stats(&bad, nullptr, nullptr) == kBadDtype, "a bad dtype is taken", 0, 7, 0);

@@ -30,7 +30,7 @@ std::unique_ptr<unsigned char[]> logits(int64_t first, int64_t columns, int64_t 
   std::unique_ptr<unsigned char[]> block(new unsigned char[size_t(kRows * columns) * (dtype == kFloat32 ? 4 : 2)]);
   for (int64_t row = 0; row < kRows; ++row)
     for (int64_t j = 0; j < columns; ++j) {
-      const float x = 3.f * sinf(float((first + j) * 7 + row * 13 + 1));
+      const float x = 0.5f * rintf(6.f * sinf(float((first + j) * 7 + row * 13 + 1)));  // many equals
       if (dtype == kFloat32)
         reinterpret_cast<float*>(block.get())[row * columns + j] = x;
       else
@@ -42,7 +42,7 @@ std::unique_ptr<unsigned char[]> logits(int64_t first, int64_t columns, int64_t 
 std::vector<double> draw(int64_t first, int64_t columns, int64_t vocab, int64_t dtype, bool nucleus) {
   const std::vector<int64_t> index{3, 1, 2, 2}, zt{vocab - 1, 3, 0, vocab - 2}, position{0, 5, 6, 7}, row_id{9, 9, 4, 4};
   const std::vector<float> floor(4, 1.f);
-  const std::vector<int64_t> last(4, -1);
+  const std::vector<int64_t> last{-1, 3, vocab / 2 + 3, vocab + 9};  // before, within and beyond a shard
   const int64_t M = int64_t(index.size());
   const auto block = logits(first, columns, dtype);
   const unsigned char* before = block.get() - columns * (dtype == kFloat32 ? 4 : 2);

@@ -121,7 +121,7 @@ def test_a_row_in_the_shared_memory_of_a_cluster(V, k, dtype, ops, library) -> N
     upstream = torch.ones_like(upstream)
     want = by_brute_force(logits, tokens, noise, upstream)
     on = library.device_type
-    for cluster in (0, 2, 4, 8):
+    for cluster in (0, 2, 4, 8) if library.ask("xdlm_has_clusters", torch.device(on)) else (0, 1):
         arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
         got = (x.cpu() for x in by_whole(ops, *arguments, cluster=cluster))
         check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
@@ -130,10 +130,12 @@ def test_a_row_in_the_shared_memory_of_a_cluster(V, k, dtype, ops, library) -> N
 @pytest.mark.parametrize("V", [32003, 50304, 131072])
 @pytest.mark.parametrize("k", RATIOS)
 def test_rows_of_trained_vocabularies_in_a_cluster(V, k, ops, library) -> None:
+    """The factors of bfloat16 gradients are powers of 2: rescale rounds a second time."""
     on = library.device_type
     for dtype, betas in ((torch.float32, [1e-3]), (torch.bfloat16, [1 - 1e-3])):
         logits, tokens, noise, upstream = make_case(V, k, dtype, betas, scale=2.0)
-        upstream = torch.ones_like(upstream)
+        if dtype == torch.bfloat16:
+            upstream = torch.exp2((4 * upstream).round() - 4)
         want = by_brute_force(logits, tokens, noise, upstream)
         arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
         got = (x.cpu() for x in by_whole(ops, *arguments))
@@ -153,15 +155,28 @@ def test_small_vocabularies_split_among_1_2_and_4_ranks(V, k, dtype, ops, librar
         check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize(("V", "tps"), [(32003, (1, 4)), (50304, (1, 2)), (131072, (1, 4))])
+@pytest.mark.parametrize("V", [32003, 50304])
 @pytest.mark.parametrize("k", RATIOS)
-def test_vocabularies_that_are_trained(V, tps, k, ops, library) -> None:
+def test_trained_vocabularies_split_among_1_2_and_4_ranks(V, k, ops, library) -> None:
+    """Every kind of token; every number of ranks and both dtypes at every beta."""
+    on = library.device_type
+    for dtype in GRAD_TOLERANCE:
+        logits, tokens, noise, upstream = make_case(V, k, dtype, scale=2.0)
+        want = by_brute_force(logits, tokens, noise, upstream)
+        for tp in (1, 2, 4):
+            arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
+            got = (x.cpu() for x in by_row_ops(ops, *arguments, tp))
+            check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("k", RATIOS)
+def test_the_largest_vocabulary_split_among_1_and_4_ranks(k, ops, library) -> None:
     """Every kind of token at both ends of the schedule; both dtypes in turn."""
     on = library.device_type
     for dtype, betas in ((torch.float32, [1e-3, 1 - 1e-3]), (torch.bfloat16, [0.5])):
-        logits, tokens, noise, upstream = make_case(V, k, dtype, betas, scale=2.0)
+        logits, tokens, noise, upstream = make_case(131072, k, dtype, betas, scale=2.0)
         want = by_brute_force(logits, tokens, noise, upstream)
-        for tp in tps:
+        for tp in (1, 4):
             arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
             got = (x.cpu() for x in by_row_ops(ops, *arguments, tp))
             check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])

@@ -75,16 +75,22 @@ def test_a_nucleus_and_its_equals(draw: DrawShard, library: Library, dtype: torc
             assert (law.gather(1, got[1].long()[:, None]) > 0).all()
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 0.7)])
 @pytest.mark.parametrize("tp", [2, 4])
-def test_slices_of_the_vocabulary_are_the_twin_s(draw: DrawShard, library: Library, tp: int) -> None:
+def test_slices_of_the_vocabulary_are_the_whole(
+    draw: DrawShard, library: Library, tp: int, temperature: float, top_p: float
+) -> None:
     """The best of the slices is the whole's, key and all: a tile's number is its place in the vocabulary."""
-    for V in (250, 1003):
-        logits, index, z, counters, noise = make_case(V, 40, torch.bfloat16, library.device_type, 100)
-        whole = draw(logits, index, z, counters, Shard(noise))
+    for V, rows in ((250, 40), (1003, 40), (32003, 4)):
+        logits, index, z, counters, noise = make_case(V, rows, torch.bfloat16, library.device_type, 2 * rows)
+        nucleus = None
+        if top_p < 1:
+            nucleus = find_nucleus(logits, index, Shard(noise), temperature, top_p, None)
+        arguments = (index, z, counters)
+        whole = draw(logits, *arguments, Shard(noise), temperature, nucleus)
         P = logits.shape[1] // tp
-        shares = torch.stack(
-            [draw(logits[:, r * P : (r + 1) * P], index, z, counters, Shard(noise, r * P)) for r in range(tp)]
-        )
+        slices = [(logits[:, r * P : (r + 1) * P], Shard(noise, r * P)) for r in range(tp)]
+        shares = torch.stack([draw(x, *arguments, shard, temperature, nucleus) for x, shard in slices])
         key, rank = shares[:, 0].max(0)
         assert torch.equal(key, whole[0])
         assert torch.equal(shares[:, 1].gather(0, rank[None])[0], whole[1])
@@ -121,8 +127,10 @@ def test_more_bits_where_the_race_is_won(
     logits[torch.arange(len(row)), 8 * tile] = 0.0
     noise, index = StationaryNoise(0.3, V, V - 1), torch.arange(len(row), device=device)
     got = draw(logits, index, index, counters[row], Shard(noise))
-    torch.testing.assert_close(got[0], -fine[row, tile].log2(), rtol=0, atol=3e-6)
-    assert ((got[0] + coarse[row, tile].log2()).abs() > 1e-5).any()
+    # lg2.approx errs by as much on a device; the bits that are tested move keys by far more
+    tolerance = 3e-6 if device == "cpu" else 1e-5
+    torch.testing.assert_close(got[0], -fine[row, tile].log2(), rtol=0, atol=tolerance)
+    assert ((got[0] + coarse[row, tile].log2()).abs() > 5e-5).any()
 
 
 def test_nan_and_nothing(draw: DrawShard, library: Library) -> None:
