@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart test check test-unit test-gpu test-distributed test-slurm bench ui clean
+.PHONY: help quickstart test check test-unit test-gpu test-distributed test-slurm bench bench-gpu ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -52,6 +52,11 @@ bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py --layers 12 --hidden 768 --vocab 50258 \
 		--name sampling_paper_small
+
+bench-gpu: $(VENV)/.installed-dev  ## the tables of a GPU, in benchmarks/results/cuda/: under 8 minutes, or it stops
+	timeout 180 $(BIN)/python benchmarks/kernel_nelbo.py --device cuda
+	timeout 120 $(BIN)/python benchmarks/head_loss.py --device cuda
+	timeout 170 $(BIN)/python benchmarks/kernel_posterior.py --device cuda --vocabularies 131072
 
 ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:5000
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[ui]"

@@ -1,12 +1,13 @@
 """Time and peak memory of output head, loss and gradients: fused against the paper's loss on whole logits.
 
+`products` is the floor in time: the three matrix products that every form needs, and nothing else.
 `eager` multiplies hidden states and head weight and evaluates the authors' plain loss under autograd
 (loss_reference.py). `logits` multiplies likewise and takes vocab_parallel_nelbo, which writes the gradient
 over the logits: train.fuse_head=never. `fused` is head_nelbo: train.fuse_head=always. `summed` is the same
 with the weight's gradient added to a float32 sum that exists, as under Megatron's data-parallel wrapper,
-which the others would do afterwards. Each measurement runs in a process of its own, all forms in turn;
-memory is the peak above what the process holds once its inputs exist, the gradients of hidden states and
-weight included.
+which the others would do afterwards. Each form runs in a process of its own; memory is the peak above what
+the process holds once its inputs exist, the gradients of hidden states and weight included. Seconds are CUDA
+events', on a CPU the process's own CPU time (meter.py).
 
     python benchmarks/head_loss.py --dtypes float32 bfloat16
 """
@@ -16,11 +17,12 @@ import json
 import platform
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from loss_reference import DTYPES, device_name, memory_mib, plain_nelbo
+from loss_reference import DTYPES, device_name, plain_nelbo
+from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,7 +32,7 @@ from xdlm_megatron.diffusion.row_ops import RowOps
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 from xdlm_megatron.kernels.dispatch import choose_kernels
 
-IMPLS = ("eager", "logits", "fused", "summed")
+IMPLS = ("eager", "logits", "fused", "summed", "products")
 
 
 def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, tuple]:
@@ -52,6 +54,12 @@ def run_step(
     impl: str, ops: RowOps, hidden: Tensor, weight: Tensor, rest: tuple, total: Tensor | None
 ) -> float:
     """Loss and gradients once; returns the sum of the loss. total: `summed`'s sum of weight gradients."""
+    if impl == "products":
+        with torch.no_grad():
+            hidden_NH = hidden.view(-1, hidden.shape[-1])
+            logits_NP = hidden_NH @ weight.t()
+            _ = logits_NP @ weight, logits_NP.t() @ hidden_NH
+        return 0.0  # it has no loss
     if impl == "eager":
         loss = plain_nelbo(hidden @ weight.t(), *rest).sum()
     elif impl == "logits":
@@ -64,7 +72,7 @@ def run_step(
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One form, in this process: the first step gives the memory, the others the time."""
+    """One form, in this process: the first step gives the memory, the best one the time."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     ops = choose_kernels("auto", device).row_ops
@@ -77,25 +85,19 @@ def measure(args: argparse.Namespace) -> dict:
     # A tiny step first, so that lazily loaded libraries do not count as the loss's memory.
     run_step(*inputs_of(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64})))
     inputs = inputs_of(args)
-    baseline = memory_mib(device, peak=False)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    run_step(*inputs)
-    peak = memory_mib(device, peak=True)
-    seconds = []
+    baseline, seconds, losses, peaks = baseline_mib(device), [], [], []
     for _ in range(args.repeats):
-        start = time.perf_counter()
-        loss = run_step(*inputs)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": loss}
+        seconds.append(seconds_of(lambda: losses.append(run_step(*inputs)), device))
+        peaks.append(peak_mib(device))
+    return {"seconds": min(seconds), "peak_mib": peaks[0] - baseline, "loss": losses[0]}
 
 
 def spawn(args: argparse.Namespace, case: dict) -> dict:
     """One case in a process of its own, as a result row."""
     names = ("device", "tokens", "batch", "repeats", "threads", "hidden", "vocab", "uniform_ratio")
     options = {name: getattr(args, name) for name in names} | case
+    if case["impl"] == "eager" and args.device == "cpu":
+        options["repeats"] = 1  # gigabytes and a minute a step
     command = [sys.executable, __file__, "--measure"]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -109,20 +111,25 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         "",
         f"{device_name(args)}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"{args.tokens} tokens in {args.batch} sequences, H = {args.hidden}, V = {args.vocab}, "
-        f"uniform_ratio {args.uniform_ratio}, best of {args.repeats} runs.",
+        f"uniform_ratio {args.uniform_ratio}, best of {args.repeats} runs (eager on a CPU: one).",
         "",
         f"    {args.command}",
         "",
-        "Memory is the peak above the inputs (hidden states and weight); both gradients count.",
+        "Seconds are CUDA events', on a CPU the process's CPU time; `of products`: the share of the time",
+        "that the three bare matrix products take. Memory is the peak above the inputs (hidden states and",
+        "weight); both gradients count.",
         "",
-        "| dtype | form | seconds | MiB | time ratio | memory ratio |",
-        "|---|---|---|---|---|---|",
+        "| dtype | form | seconds | MiB | time ratio | memory ratio | of products |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        base = next(r for r in rows if r["dtype"] == row["dtype"])
+        same = [r for r in rows if r["dtype"] == row["dtype"]]
+        base = same[0]
+        floor = next((r["seconds"] for r in same if r["impl"] == "products"), None)
+        share = "" if floor is None else f"{floor / row['seconds']:.0%}"
         lines.append(
             f"| {row['dtype']} | {row['impl']} | {row['seconds']:.2f} | {row['peak_mib']:.0f} "
-            f"| {row['seconds'] / base['seconds']:.2f} | {row['peak_mib'] / base['peak_mib']:.3f} |"
+            f"| {row['seconds'] / base['seconds']:.2f} | {row['peak_mib'] / base['peak_mib']:.3f} | {share} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -131,17 +138,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--tokens", type=int, default=8192 if cuda else 4096, help="tokens a step")
     parser.add_argument("--batch", type=int, default=8, help="sequences; divides --tokens")
-    parser.add_argument("--hidden", type=int, default=512, help="width of the hidden states")
-    parser.add_argument("--vocab", type=int, default=126464, help="vocabulary")
-    parser.add_argument("--uniform-ratio", type=float, default=0.1, help="k; the plain form needs k > 0")
-    parser.add_argument("--repeats", type=int, default=2, help="timed steps a case; the best counts")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="of hidden and weight"
+        "--hidden", type=int, default=4096 if cuda else 512, help="width of the hidden states"
     )
+    parser.add_argument("--vocab", type=int, default=131072 if cuda else 126464, help="vocabulary")
+    parser.add_argument("--uniform-ratio", type=float, default=0.1, help="k; the plain form needs k > 0")
+    parser.add_argument(
+        "--repeats", type=int, default=10 if cuda else 3, help="steps a case; the best counts"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--jobs", type=int, default=1, help="forms at once; more than 1 on a busy CPU alone")
+    dtypes = ["bfloat16" if cuda else "float32"]
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=dtypes, help="of hidden and weight")
     parser.add_argument(
         "--impls", nargs="+", choices=IMPLS, default=IMPLS, help="the first is the base of ratios"
     )
@@ -156,9 +168,11 @@ def main() -> None:
         return
     args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
     cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in args.impls]
-    rows = [spawn(args, case) for case in tqdm(cases, desc="head and loss", unit="case")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        measured = pool.map(lambda case: spawn(args, case), cases)
+        rows = list(tqdm(measured, total=len(cases), desc="head and loss", unit="case"))
     for row in rows:
-        if abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(rows[0]["loss"]):
+        if row["impl"] != "products" and abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(rows[0]["loss"]):
             raise RuntimeError(
                 f"{row} and {rows[0]} disagree on the loss: the timings compare different things"
             )

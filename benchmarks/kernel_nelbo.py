@@ -10,7 +10,8 @@ whole     the same on our kernels where one rank has the vocabulary: one read, o
 Every way gets the same logits. `bytes` is what it moves a logit: counted over its operators for eager (what
 they read and write; no cache holds it), known for the kernels; the twin works in a cache. `of copy` is the
 time that copying that many bytes takes on this device, measured in the same run, over the time it took. The
-floor is one read and one write. Memory is the peak above the inputs, the logits among them.
+floor is one read and one write. Memory is the peak above the inputs, the logits among them. Seconds are CUDA
+events', on a CPU the process's own CPU time.
 
     python benchmarks/kernel_nelbo.py                       # a GPU: all of it, minutes
     python benchmarks/kernel_nelbo.py --vocab 32768 131072  # a CPU: the twin beside eager
@@ -21,12 +22,12 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from loss_reference import DTYPES, device_name, make_inputs, memory_mib, plain_nelbo
+from loss_reference import DTYPES, device_name, make_inputs, plain_nelbo
+from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -104,20 +105,6 @@ def run_step(step: Step, logits: Tensor, rest: tuple) -> Tensor:
     return loss.detach()
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
 def measure(args: argparse.Namespace) -> dict:
     """One case: the first step gives the memory, the others the time, the best of them."""
     device = torch.device(args.device)
@@ -129,17 +116,15 @@ def measure(args: argparse.Namespace) -> dict:
     run_step(step, tiny, tuple(tiny_rest))
     logits, *rest = make_inputs(args, device)
     kept = logits.clone()
-    baseline = memory_mib(device, peak=False)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    baseline = baseline_mib(device)
     loss = run_step(step, logits, tuple(rest))
-    peak = memory_mib(device, peak=True)
+    peak = peak_mib(device)
     seconds, copies = [], []
     for _ in range(args.repeats):
         copies.append(seconds_of(lambda: logits.copy_(kept), device))  # the gradient may lie over the logits
         seconds.append(seconds_of(lambda: run_step(step, logits, tuple(rest)), device))
     size = logits.numel() * logits.element_size()
-    result = {"seconds": min(seconds), "peak_mib": max(peak - baseline, 0.0), "loss": loss.item()}
+    result = {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": loss.item()}
     result |= {"logits_mib": size / 2**20, "copy_gb_per_second": 2 * size / min(copies) / 1e9}
     if per_logit is not None:
         moved = per_logit * logits.numel()
@@ -177,7 +162,7 @@ def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str])
         "",
         f"    {args.command}",
         "",
-        "Columns as the script explains them; `x eager` is how many times faster than eager.",
+        "Columns and units as the script explains them; `x eager` is how many times faster than eager.",
         "",
         "| V | logits | way | ms | x eager | bytes a logit | of copy | MiB above inputs | of the logits |",
         "|---|---|---|---|---|---|---|---|---|",

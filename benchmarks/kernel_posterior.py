@@ -5,8 +5,9 @@ noises. `ours` settles what random numbers alone decide, then reads the logits o
 (posterior_draw.py; on CUDA by the kernel, and by its PyTorch twin as `twin`). Two steps of 32: the one from
 t = 1/2, which reads few rows, and the noise removal, which may read all. The read speed is that of the draw
 alone, of all rows: bytes of logits over the time, as a share of what a copy of the same logits moves (bytes
-read and written) in the same process. Each form runs in a process of its own; memory is the peak above the
-logits. Seconds are the process's own on a CPU, so that other processes hardly matter.
+read and written) in the same process; `floor` is the time of reading them at that speed. Each form runs in a
+process of its own; memory is the peak above the logits. Seconds are CUDA events', on a CPU the process's own
+CPU time, so that other processes hardly matter.
 
     python benchmarks/kernel_posterior.py --tokens 256
 """
@@ -16,12 +17,12 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import torch
-from loss_reference import DTYPES, device_name, memory_mib
+from loss_reference import DTYPES, device_name
+from meter import baseline_mib, best_seconds, peak_mib
 from torch import Tensor
 from tqdm import tqdm
 
@@ -80,23 +81,6 @@ def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple:
     return logits, zt, 1.0 if s == 0 else alpha_s, alpha_t, noise
 
 
-def clock(device: torch.device) -> float:
-    """Seconds: of this process alone on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def best_seconds(work: object, repeats: int, device: torch.device) -> float:
-    seconds = []
-    for _ in range(repeats):
-        start = clock(device)
-        work()
-        seconds.append(clock(device) - start)
-    return min(seconds)
-
-
 def measure(args: argparse.Namespace) -> dict:
     """One case, in this process: the first step gives the memory, the others the time."""
     device = torch.device(args.device)
@@ -106,14 +90,12 @@ def measure(args: argparse.Namespace) -> dict:
     # A tiny step first, so that lazily loaded libraries do not count as the step's memory.
     step(*make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64}), device))
     inputs = make_inputs(args, device)
-    baseline = memory_mib(device, peak=False)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    baseline = baseline_mib(device)
     step(*inputs)
-    peak = memory_mib(device, peak=True)
+    peak = peak_mib(device)
     result = {
         "seconds": best_seconds(lambda: step(*inputs), args.repeats, device),
-        "peak_mib": max(peak - baseline, 0.0),
+        "peak_mib": peak - baseline,
         "rows_read": 1.0,
     }
     if args.impl == "dense":
@@ -159,7 +141,7 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         "",
         "Logits of every position are given; memory is the peak above them, seconds are this process's own.",
         "GB/s: bytes of logits a second, where the draw reads every row; of a copy: its share of what a",
-        "copy of the logits moves (read and written) in the same process.",
+        "copy of the logits moves (read and written) in the same process. floor: one read at that speed.",
         "",
         "| V | logits | step | form | rows | seconds | MiB | time ratio | memory ratio | GB/s | of a copy |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -176,6 +158,13 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
             f"| {row['peak_mib']:.0f} | {row['seconds'] / base['seconds']:.3f} "
             f"| {row['peak_mib'] / base['peak_mib']:.3f} {read}"
         )
+        if "copy_gb_s" in row and row["impl"] == "ours":
+            size = args.tokens * row["vocab"] * DTYPES[row["dtype"]].itemsize
+            floor = size / (1e9 * row["copy_gb_s"])
+            lines.append(
+                f"| {row['vocab']} | {row['dtype']} | {row['step']} | floor | 100.0% | {floor:.4f} "
+                f"| 0 | {floor / base['seconds']:.3f} | 0.000 | {row['copy_gb_s']:.2f} | 100.0% |"
+            )
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,7 @@
 The plain form is the one the authors' code evaluates (arXiv 2602.01362, Eq. 15): a float32 softmax over the
 whole vocabulary, two gathers, and the mean over all V entries of log(V alpha p_e + beta k), under autograd.
 Ours is vocab_parallel_nelbo on one rank. Each measurement runs in its own process; memory is the peak above
-what the process holds once its inputs exist (resident set size on a CPU, allocated bytes on CUDA).
+what the process holds once its inputs exist. Seconds are CUDA events', on a CPU the process's own CPU time.
 
     python benchmarks/loss_reference.py --tokens 512 --repeats 10
 """
@@ -11,13 +11,12 @@ what the process holds once its inputs exist (resident set size on a CPU, alloca
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
+from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,7 +27,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 IMPLS = ("plain", "ours", "in place")
 VOCABULARIES = (32000, 126464)
 UNIFORM_RATIO = 0.1
-MIB = 2**20
 
 
 def plain_nelbo(
@@ -83,14 +81,6 @@ def run_step(impl: str, logits: Tensor, rest: tuple) -> Tensor:
     return loss.detach()
 
 
-def memory_mib(device: torch.device, peak: bool) -> float:
-    if device.type == "cuda":
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / MIB
-    if peak:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / MIB
-
-
 def measure(args: argparse.Namespace) -> dict:
     """One case, in this process: the first step gives the memory, the others the time."""
     device = torch.device(args.device)
@@ -100,19 +90,12 @@ def measure(args: argparse.Namespace) -> dict:
     run_step(args.impl, tiny, tiny_rest)
     logits, *rest = make_inputs(args, device)
     kept = logits.clone()
-    baseline = memory_mib(device, peak=False)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    baseline = baseline_mib(device)
     loss = run_step(args.impl, logits, rest)
-    peak = memory_mib(device, peak=True)
-    seconds = []
+    peak, seconds = peak_mib(device), []
     for _ in range(args.repeats):
         logits.copy_(kept)  # the gradient may have been written over them
-        start = time.perf_counter()
-        loss = run_step(args.impl, logits, rest)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(seconds_of(lambda: run_step(args.impl, logits, rest), device))
     return {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": loss.item()}
 
 
@@ -156,7 +139,8 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         f"    {args.command}",
         "",
         "Memory is the peak above the inputs (the logits are an input). `in place` writes the gradient over",
-        "the logits, as training does; `ours` allocates it.",
+        "the logits, as training does; `ours` allocates it. Seconds are CUDA events', on a CPU the process's",
+        "own CPU time.",
         "",
         "| V | logits | loss | seconds | MiB | time ratio | memory ratio |",
         "|---|---|---|---|---|---|---|",

@@ -10,18 +10,18 @@ above the model. Seconds are the process's own on a CPU, so that other processes
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import platform
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
-from kernel_posterior import UNIFORM_RATIO, clock, dense_step
-from loss_reference import DTYPES, device_name, memory_mib
+from kernel_posterior import UNIFORM_RATIO, dense_step
+from loss_reference import DTYPES, device_name
+from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -89,35 +89,14 @@ def measure(args: argparse.Namespace) -> dict:
             draw = choose_kernels("auto", mesh.device).draw_shard
             options = SampleOptions(num_steps=args.steps, num_samples=args.batch)
             baseline = baseline_mib(mesh.device)
-            start = clock(mesh.device)
             if args.impl == "dense":
-                sample_dense(chunks[0], args, noise, S)
+                work = partial(sample_dense, chunks[0], args, noise, S)
             else:
-                denoise = build_denoiser(chunks, mesh)
-                generate(denoise, options, noise, LogLinear(), S, [], mesh.device, args.batch, draw)
-            seconds = clock(mesh.device) - start
+                request = (build_denoiser(chunks, mesh), options, noise, LogLinear(), S, [])
+                work = partial(generate, *request, mesh.device, args.batch, draw)
+            seconds = seconds_of(work, mesh.device)
         peak = peak_mib(mesh.device)
     return {"seconds": seconds, "peak_mib": peak - baseline}
-
-
-def baseline_mib(device: torch.device) -> float:
-    """What is held now. Building a model takes more than the model: that is given back, and its peak
-    forgotten.
-    """
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
-    return memory_mib(device, peak=False)
-
-
-def peak_mib(device: torch.device) -> float:
-    if device.type == "cuda":
-        return memory_mib(device, peak=True)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def spawn(args: argparse.Namespace, case: dict) -> dict:
