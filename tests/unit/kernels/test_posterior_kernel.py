@@ -144,17 +144,25 @@ def test_nan_and_nothing(draw: DrawShard, library: Library) -> None:
     assert draw(logits, index[:0], z[:0], counters[:0], Shard(noise)).shape == (3, 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"top_p": 0.8, "temperature": 1.5}])
-def test_steps_draw_from_the_dense_posterior(draw: DrawShard, library: Library, options: dict) -> None:
-    """For z the mask, a likely and an unlikely token."""
+NARROW = {"top_p": 0.8, "temperature": 1.5}
+
+
+@pytest.mark.parametrize(
+    ("k", "alpha_s", "options"),
+    [(0.3, 0.8, {}), (0.3, 0.8, NARROW), (0.3, 1.0, NARROW), (0.0, 0.8, {}), (0.0, 1.0, {}), (1.0, 0.8, {})],
+)
+def test_steps_draw_from_the_dense_posterior(
+    draw: DrawShard, library: Library, k: float, alpha_s: float, options: dict
+) -> None:
+    """For z the mask (where there is such noise), a likely and an unlikely token; the last step too."""
     V, mask, device = 20, 3, library.device_type
-    noise = StationaryNoise(0.3, V, mask)
+    noise = StationaryNoise(k, V, mask)
     logits = torch.randn(1, V, generator=torch.Generator().manual_seed(1))
     p = token_law(logits, noise, **options)
-    rates = [torch.tensor(alpha, dtype=torch.float64) for alpha in (0.8, 0.4)]
+    rates = [torch.tensor(alpha, dtype=torch.float64) for alpha in (alpha_s, 0.4)]
     real = logits[0].clone()
     real[mask] = -torch.inf
-    for z in (mask, int(real.argmax()), int(logits[0].argmin())):
+    for z in (*([mask] if k < 1 else []), int(real.argmax()), int(logits[0].argmin())):
         zt = torch.full((5, 300), z, device=device)
         step = ReverseStep(KEY, 2, torch.arange(5, device=device), noise, *rates, **options, draw=draw)
         zs, undecided = step.settle(zt, torch.ones_like(zt, dtype=torch.bool))
@@ -167,7 +175,10 @@ def test_steps_draw_from_the_dense_posterior(draw: DrawShard, library: Library, 
         expected = [*(law[common] * zs.numel()).tolist(), float(law[~common].sum()) * zs.numel()]
         if expected[-1] < 5:
             observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
-        assert chisquare(observed, expected).pvalue > 1e-4
+        if len(observed) == 1:  # k = 0: a visible token stays
+            assert counts[z] == zs.numel()
+        else:
+            assert chisquare(observed, expected).pvalue > 1e-4
 
 
 def test_tensors_that_it_cannot_take_are_refused(draw: DrawShard, library: Library) -> None:
