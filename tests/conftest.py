@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import lzma
+import signal
 from pathlib import Path
 
 import pytest
 import yaml
+
+# A shell that starts us in the background ignores it, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 CORPUS = REPOSITORY / "examples/data/shakespeare.jsonl.xz"
