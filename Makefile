@@ -31,7 +31,8 @@ test-gpu: $(VENV)/.installed-dev  ## the kernels on this machine's GPU
 	$(BIN)/python -m pytest -m gpu
 
 test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
-	$(BIN)/python -m pytest -m distributed
+	$(BIN)/python -m pytest -m distributed tests/distributed/test_layouts.py  # alone: its table is printed
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed --ignore tests/distributed/test_layouts.py
 
 test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ on a real Slurm, which root installs by apt-get
 	@command -v slurmctld munged shellcheck > /dev/null || \
