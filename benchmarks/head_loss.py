@@ -15,13 +15,13 @@ events', on a CPU the process's own CPU time (meter.py).
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from loss_reference import DTYPES, device_name, plain_nelbo
+from cases import device_name, spawn, write_results
+from loss_reference import DTYPES, plain_nelbo
 from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from tqdm import tqdm
@@ -92,16 +92,13 @@ def measure(args: argparse.Namespace) -> dict:
     return {"seconds": min(seconds), "peak_mib": peaks[0] - baseline, "loss": losses[0]}
 
 
-def spawn(args: argparse.Namespace, case: dict) -> dict:
-    """One case in a process of its own, as a result row."""
+def run_case(args: argparse.Namespace, case: dict) -> dict:
+    """A result row, from a process of its own."""
     names = ("device", "tokens", "batch", "repeats", "threads", "hidden", "vocab", "uniform_ratio")
-    options = {name: getattr(args, name) for name in names} | case
+    options = {name: getattr(args, name) for name in names}
     if case["impl"] == "eager" and args.device == "cpu":
         options["repeats"] = 1  # gigabytes and a minute a step
-    command = [sys.executable, __file__, "--measure"]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return case | json.loads(done.stdout.splitlines()[-1])
+    return spawn(__file__, options, case)
 
 
 def report(args: argparse.Namespace, rows: list[dict]) -> str:
@@ -169,22 +166,17 @@ def main() -> None:
     args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
     cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in args.impls]
     with ThreadPoolExecutor(args.jobs) as pool:
-        measured = pool.map(lambda case: spawn(args, case), cases)
+        measured = pool.map(lambda case: run_case(args, case), cases)
         rows = list(tqdm(measured, total=len(cases), desc="head and loss", unit="case"))
     for row in rows:
         if row["impl"] != "products" and abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(rows[0]["loss"]):
             raise RuntimeError(
                 f"{row} and {rows[0]} disagree on the loss: the timings compare different things"
             )
-    folder = args.out or Path(__file__).parent / "results" / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    text = report(args, rows)
-    (folder / f"{args.name}.md").write_text(text)
-    machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
-    machine |= {"name": device_name(args), "tokens": args.tokens, "hidden": args.hidden, "vocab": args.vocab}
-    result = {"command": args.command, "machine": machine, "uniform_ratio": args.uniform_ratio, "rows": rows}
-    (folder / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    machine = {name: getattr(args, name) for name in ("tokens", "hidden", "vocab")}
+    write_results(
+        args, args.name, report(args, rows), machine, {"uniform_ratio": args.uniform_ratio, "rows": rows}
+    )
 
 
 if __name__ == "__main__":

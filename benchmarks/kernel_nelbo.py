@@ -20,13 +20,13 @@ events', on a CPU the process's own CPU time.
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from loss_reference import DTYPES, device_name, make_inputs, plain_nelbo
+from cases import device_name, spawn, write_results
+from loss_reference import DTYPES, make_inputs, plain_nelbo
 from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -142,15 +142,7 @@ def run_case(args: argparse.Namespace, case: dict) -> dict:
         torch.cuda.empty_cache()
         return case | result
     names = ("device", "tokens", "batch", "repeats", "threads")
-    options = {name: getattr(args, name) for name in names} | case
-    command = [
-        sys.executable,
-        __file__,
-        "--measure",
-        *(f"--{name}={value}" for name, value in options.items()),
-    ]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return case | json.loads(done.stdout.splitlines()[-1])
+    return spawn(__file__, {name: getattr(args, name) for name in names}, case)
 
 
 def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> str:
@@ -235,15 +227,13 @@ def main() -> None:
         same = next(r for r in rows if (r["vocab"], r["dtype"]) == (row["vocab"], row["dtype"]))
         if row["impl"] != "liger" and abs(row["loss"] - same["loss"]) > 2e-3 * abs(same["loss"]):
             raise RuntimeError(f"{row} and {same} disagree on the loss: the timings compare different things")
-    folder = args.out or Path(__file__).parent / "results" / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    text = report(args, rows, left_out)
-    (folder / "kernel_nelbo.md").write_text(text)
-    machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
-    machine |= {"name": device_name(args), "tokens": args.tokens, "threads": args.threads}
-    result = {"command": args.command, "machine": machine, "left_out": left_out, "rows": rows}
-    (folder / "kernel_nelbo.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    write_results(
+        args,
+        "kernel_nelbo",
+        report(args, rows, left_out),
+        {"tokens": args.tokens, "threads": args.threads},
+        {"left_out": left_out, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

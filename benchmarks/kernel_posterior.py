@@ -15,13 +15,13 @@ CPU time, so that other processes hardly matter.
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
-from loss_reference import DTYPES, device_name
+from cases import device_name, spawn, write_results
+from loss_reference import DTYPES
 from meter import baseline_mib, best_seconds, peak_mib
 from torch import Tensor
 from tqdm import tqdm
@@ -118,16 +118,6 @@ def measure(args: argparse.Namespace) -> dict:
     return result | {"read_gb_s": read / 1e9, "copy_gb_s": copied / 1e9, "share_of_copy": read / copied}
 
 
-def spawn(args: argparse.Namespace, case: dict) -> dict:
-    """One case in a process of its own, as a result row."""
-    names = ("device", "tokens", "batch", "repeats", "threads")
-    options = {name: getattr(args, name) for name in names} | case
-    command = [sys.executable, __file__, "--measure"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return case | json.loads(done.stdout.splitlines()[-1])
-
-
 def report(args: argparse.Namespace, rows: list[dict]) -> str:
     """The results as Markdown; ratios are to `dense` of the same logits and step."""
     lines = [
@@ -198,16 +188,16 @@ def main() -> None:
         for step in STEPS
         for impl in impls
     ]
-    rows = [spawn(args, case) for case in tqdm(cases, desc="posterior", unit="case")]
-    folder = args.out or Path(__file__).parent / "results" / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    text = report(args, rows)
-    (folder / "kernel_posterior.md").write_text(text)
-    machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
-    machine |= {"name": device_name(args), "tokens": args.tokens}
-    result = {"command": args.command, "machine": machine, "uniform_ratio": UNIFORM_RATIO, "rows": rows}
-    (folder / "kernel_posterior.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    names = ("device", "tokens", "batch", "repeats", "threads")
+    options = {name: getattr(args, name) for name in names}
+    rows = [spawn(__file__, options, case) for case in tqdm(cases, desc="posterior", unit="case")]
+    write_results(
+        args,
+        "kernel_posterior",
+        report(args, rows),
+        {"tokens": args.tokens},
+        {"uniform_ratio": UNIFORM_RATIO, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ what the process holds once its inputs exist. Seconds are CUDA events', on a CPU
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from cases import device_name, spawn, write_results
 from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from tqdm import tqdm
@@ -99,31 +99,10 @@ def measure(args: argparse.Namespace) -> dict:
     return {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": loss.item()}
 
 
-def spawn(args: argparse.Namespace, case: dict) -> dict:
-    """One case in a process of its own, as a result row."""
-    options = {"device": args.device, "tokens": args.tokens, "batch": args.batch, "repeats": args.repeats}
-    options |= {"threads": args.threads} | case
-    command = [sys.executable, __file__, "--measure"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return case | json.loads(done.stdout.splitlines()[-1])
-
-
 def plain_twin(row: dict, rows: list[dict]) -> dict:
     """The plain form's row for the same logits."""
     return next(
         r for r in rows if (r["vocab"], r["dtype"], r["impl"]) == (row["vocab"], row["dtype"], "plain")
-    )
-
-
-def device_name(args: argparse.Namespace) -> str:
-    if args.device == "cuda":
-        return torch.cuda.get_device_name()
-    models = [
-        line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-    ]
-    return (
-        f"CPU {models[0].split(':')[1].strip() if models else platform.machine()}, {args.threads} thread(s)"
     )
 
 
@@ -179,20 +158,20 @@ def main() -> None:
         for dtype in DTYPES
         for impl in IMPLS
     ]
-    rows = [spawn(args, case) for case in tqdm(cases, desc="loss", unit="case")]
+    names = ("device", "tokens", "batch", "repeats", "threads")
+    options = {name: getattr(args, name) for name in names}
+    rows = [spawn(__file__, options, case) for case in tqdm(cases, desc="loss", unit="case")]
     for row in rows:
         twin = plain_twin(row, rows)
         if abs(row["loss"] - twin["loss"]) > 1e-3 * abs(twin["loss"]):
             raise RuntimeError(f"{row} and {twin} disagree on the loss: the timings compare different things")
-    folder = args.out or Path(__file__).parent / "results" / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    text = report(args, rows)
-    (folder / "loss_reference.md").write_text(text)
-    machine = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
-    machine |= {"name": device_name(args), "tokens": args.tokens}
-    result = {"command": args.command, "machine": machine, "uniform_ratio": UNIFORM_RATIO, "rows": rows}
-    (folder / "loss_reference.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    write_results(
+        args,
+        "loss_reference",
+        report(args, rows),
+        {"tokens": args.tokens},
+        {"uniform_ratio": UNIFORM_RATIO, "rows": rows},
+    )
 
 
 if __name__ == "__main__":

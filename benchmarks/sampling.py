@@ -12,15 +12,15 @@ above the model. Seconds are the process's own on a CPU, so that other processes
 import argparse
 import json
 import platform
-import subprocess
 import sys
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from cases import device_name, spawn, write_results
 from kernel_posterior import UNIFORM_RATIO, dense_step
-from loss_reference import DTYPES, device_name
+from loss_reference import DTYPES
 from meter import baseline_mib, peak_mib, seconds_of
 from torch import Tensor
 from tqdm import tqdm
@@ -99,14 +99,6 @@ def measure(args: argparse.Namespace) -> dict:
     return {"seconds": seconds, "peak_mib": peak - baseline}
 
 
-def spawn(args: argparse.Namespace, case: dict) -> dict:
-    names = ("tokens", "batch", "threads", "steps", "layers", "hidden", "vocab", "dtype")
-    options = {name: getattr(args, name) for name in names} | case
-    command = [sys.executable, __file__, "--measure", *(f"--{name}={x}" for name, x in options.items())]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return options | json.loads(done.stdout.splitlines()[-1])
-
-
 def report(args: argparse.Namespace, rows: list[dict]) -> str:
     """The results as Markdown; ratios are to `dense`."""
     base = rows[0]
@@ -155,15 +147,13 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     args.command = " ".join(["python", "benchmarks/sampling.py", *sys.argv[1:]])
-    rows = [spawn(args, {"impl": impl}) for impl in tqdm(IMPLS, desc="sampling", unit="form")]
-    folder = args.out or Path(__file__).parent / "results" / args.device
-    folder.mkdir(parents=True, exist_ok=True)
-    text = report(args, rows)
-    (folder / f"{args.name}.md").write_text(text)
-    machine = {"name": device_name(args), "torch": torch.__version__, "python": platform.python_version()}
-    result = {"command": args.command, "machine": machine, "uniform_ratio": UNIFORM_RATIO, "rows": rows}
-    (folder / f"{args.name}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(text)
+    names = ("tokens", "batch", "threads", "steps", "layers", "hidden", "vocab", "dtype")
+    options = {name: getattr(args, name) for name in names}
+    rows = [
+        options | spawn(__file__, options, {"impl": impl})
+        for impl in tqdm(IMPLS, desc="sampling", unit="form")
+    ]
+    write_results(args, args.name, report(args, rows), {}, {"uniform_ratio": UNIFORM_RATIO, "rows": rows})
 
 
 if __name__ == "__main__":
