@@ -25,11 +25,12 @@ Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
 SmallFraction = Annotated[float, Field(gt=0, lt=0.5, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
 class Run:
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Name
     """Name of the run; its folder is output_dir/name."""
     output_dir: str = "runs"
     """Folder that holds the run folders."""
@@ -228,6 +229,8 @@ class Tracking:
     """'local': a SQLite store in run.output_dir; an http(s) URI: a server; null: none (JSON lines only)."""
     experiment: str = "xdlm"
     """MLflow experiment."""
+    parent_run: Name | None = None
+    """Name of the MLflow run that this one is a child of, one for all runs of a sweep; null: of none."""
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)

@@ -42,6 +42,7 @@ class MlflowTracker:
     be in use. `uri` is an SQLite file (`sqlite:///runs/mlflow.db`; None: `default_uri`) or an MLflow server
     (`https://...`), which authenticates by MLflow's own environment variables. A run folder that has an
     MLflow run goes on with it: its experiment and name stay, new params are added, tags are updated.
+    `parent_run` names the run of the experiment that this one is a child of (tracking/parent.py).
 
     Raises ModuleNotFoundError without MLflow, and ValueError for a URI that is none.
     """
@@ -55,6 +56,7 @@ class MlflowTracker:
         params: Mapping[str, Any] | None = None,
         tags: Mapping[str, Any] | None = None,
         *,
+        parent_run: str | None = None,
         poll_seconds: float = POLL_SECONDS,
         close_seconds: float = CLOSE_SECONDS,
     ) -> None:
@@ -68,6 +70,7 @@ class MlflowTracker:
         first |= {"params": {}, "tags": {}, "artifacts": []}
         self._request = read_json(request_file) if request_file.exists() else first
         self._request |= {"uri": _checked_uri(uri or default_uri(run_dir)), "status": "RUNNING"}
+        self._request |= {} if parent_run is None else {"parent_run": parent_run}
         self._request["tags"] |= {name: str(value) for name, value in (tags or {}).items()}
         self.log_params(params or {})
         self._process: subprocess.Popen[bytes] | None = _start_process(self.run_dir, poll_seconds)

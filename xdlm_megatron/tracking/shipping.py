@@ -1,9 +1,9 @@
 """Copies a run folder to MLflow: `ship(run_dir)`, at any time, any number of times, from any machine.
 
 Files in the run folder, each with one writer:
-    metrics.jsonl         the points                                                        (JsonlTracker)
-    mlflow.json           what the MLflow run should be: uid, uri, params, tags, status     (MlflowTracker)
-    mlflow_shipped.json   what MLflow has: run id, offset into metrics.jsonl, last steps    (ship)
+    metrics.jsonl         the points                                                      (JsonlTracker)
+    mlflow.json           what the MLflow run should be: uid, uri, parent, params, tags, ... (MlflowTracker)
+    mlflow_shipped.json   what MLflow has: run id, offset into metrics.jsonl, last steps  (ship)
 
 Nothing arrives twice. Rows with equal (name, time, step, value) are one row to MLflow, and the times come
 from metrics.jsonl, so a shipment that was cut off before its offset was saved can be sent again. Beyond that,
@@ -11,20 +11,19 @@ a name goes on only past the last step that was shipped: MLflow cannot delete po
 steps, their first values stay there (metrics.jsonl has the new ones).
 """
 
-import fcntl
 import hashlib
 import json
 import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from errno import ENOLCK, ENOSYS, EOPNOTSUPP
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
 
 from xdlm_megatron.tracking.jsonl import decode_line
+from xdlm_megatron.tracking.parent import PARENT_ID_TAG, find_or_create_parent, follow_children
+from xdlm_megatron.tracking.store import locked, open_experiment
 from xdlm_megatron.tracking.tracker import Status, report
 
 METRICS_FILE = "metrics.jsonl"
@@ -36,15 +35,6 @@ UID_TAG = "xdlm.uid"
 METRICS_PER_BATCH = 1000
 PARAMS_PER_BATCH = 100
 VALUE_CHARACTERS = 5000
-SQLITE_TIMEOUT_SECONDS = 60
-
-# A dead server must be an error at once (MLflow's own retries take 247 s); the file survives the outage.
-CLIENT_ENVIRONMENT = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-}
 
 T = TypeVar("T")
 Point = tuple[str, float, int, int]  # name, value, unix milliseconds, step
@@ -86,6 +76,7 @@ class Shipper:
         with locked(self.run_dir / "mlflow.lock"):
             request = read_json(request_file)
             shipped = self._open_run(request)
+            self._join_parent(request, shipped)
             self._send_params_and_tags(request, shipped)
             count = self._send_metrics(shipped)
             self._send_status(request["status"] if request["status"] != "RUNNING" else status, shipped)
@@ -98,9 +89,8 @@ class Shipper:
         shipped = read_json(shipped_file) if shipped_file.exists() else {}
         if self._client_uri == uri == shipped.get("uri"):
             return shipped
-        with _store_lock(uri):
-            self._client, self._client_uri = _connect(uri), uri
-            experiment_id = _experiment_id(self._client, uri, request["experiment"])
+        self._client, experiment_id = open_experiment(uri, request["experiment"])
+        self._client_uri = uri
         if shipped.get("uri") != uri:
             query = f"tags.`{UID_TAG}` = '{request['uid']}'"
             found = self._client.search_runs([experiment_id], filter_string=query, max_results=1)
@@ -123,6 +113,16 @@ class Shipper:
     def _create_run(self, experiment_id: str, request: dict[str, Any]) -> Any:
         tags = {**_clean(request["tags"]), UID_TAG: request["uid"]}
         return self._client.create_run(experiment_id, run_name=request["run_name"], tags=tags)
+
+    def _join_parent(self, request: dict[str, Any], shipped: dict[str, Any]) -> None:
+        """A run of a sweep is a child of the sweep's parent run, which the first one to come creates."""
+        name = request.get("parent_run")
+        if name is None or name == shipped.get("parent_run"):
+            return
+        parent_id = find_or_create_parent(self._client, shipped["experiment_id"], name)
+        self._client.set_tag(shipped["run_id"], PARENT_ID_TAG, parent_id)
+        shipped |= {"parent_run": name, "parent_id": parent_id}
+        write_json(self.run_dir / SHIPPED_FILE, shipped)
 
     def _last_steps(self, run: Any) -> dict[str, int]:
         """What a run found by its tag has already: our own note of it is lost, or the store has moved."""
@@ -170,6 +170,8 @@ class Shipper:
             self._client.update_run(shipped["run_id"], status=status)
         else:
             self._client.set_terminated(shipped["run_id"], status)
+        if "parent_id" in shipped:
+            follow_children(self._client, shipped["experiment_id"], shipped["parent_id"])
         shipped["status"] = status
         write_json(self.run_dir / SHIPPED_FILE, shipped)
 
@@ -226,62 +228,6 @@ def _tail(file: BinaryIO, offset: int) -> str:
     """A fingerprint of the 256 bytes before `offset`; they hold a line's time, so a rewrite changes them."""
     length = min(256, offset)
     return hashlib.sha256(os.pread(file.fileno(), length, offset - length)).hexdigest()
-
-
-def _connect(uri: str) -> Any:
-    for name, value in CLIENT_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
-
-    if uri.startswith("sqlite:") and "timeout=" not in uri:  # seconds to wait for another run's transaction
-        uri = f"{uri}{'&' if '?' in uri else '?'}timeout={SQLITE_TIMEOUT_SECONDS}"
-    return MlflowClient(tracking_uri=uri)
-
-
-def _experiment_id(client: Any, uri: str, name: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        # An SQLite store's default would be ./mlruns of whoever creates it; keep files beside the database.
-        database = sqlite_path(uri)
-        location = str(database.parent / "mlflow_artifacts") if database else None
-        try:
-            return str(client.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another run created it in this very moment
-            experiment = client.get_experiment_by_name(name)
-            if experiment is None:
-                raise
-    return str(experiment.experiment_id)
-
-
-def sqlite_path(uri: str) -> Path | None:
-    """The database file of an SQLite URI, None for any other URI."""
-    return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
-
-
-@contextmanager
-def _store_lock(uri: str) -> Iterator[None]:
-    """One process at a time creates an SQLite store: two migrations at once break each other."""
-    database = sqlite_path(uri)
-    if database is None:
-        yield
-        return
-    database.parent.mkdir(parents=True, exist_ok=True)
-    with locked(database.with_name(database.name + ".lock")):
-        yield
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file; it ends with the process. No lock where there are none."""
-    with open(path, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):
-                raise
-        yield
 
 
 def _clean(values: dict[str, Any]) -> dict[str, str]:

@@ -304,6 +304,7 @@ def _build_tracker(run: Run, state: TrainState) -> Tracker:
                         f"{name}{getattr(groups, name).size()}" for name in ("tp", "pp", "cp", "dp")
                     ),
                 },
+                parent_run=config.tracking.parent_run,
             )
         )
     tracker = CompositeTracker(trackers)

@@ -256,6 +256,6 @@ def test_the_dump_of_awkward_text_loads_equal(tmp_path: Path, changed: Change, t
 
 def test_the_dump_says_every_default(recipe: dict[str, Any]) -> None:
     dumped = yaml.safe_load(dump_recipe(build_config(recipe)))
-    assert dumped["tracking"] == {"mlflow": "local", "experiment": "xdlm"}
+    assert dumped["tracking"] == {"mlflow": "local", "experiment": "xdlm", "parent_run": None}
     assert dumped["precision"] == {"dtype": "float32"}
     assert dumped["model"]["num_query_groups"] is None

@@ -22,11 +22,6 @@ from xdlm_megatron.tracking.shipping import SHIPPED_FILE, pending_lines, read_js
 DEAD_SERVER = "http://127.0.0.1:1"
 
 
-@pytest.fixture(scope="session")
-def store_uri(tmp_path_factory):
-    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-
-
 @pytest.fixture
 def run_dir(tmp_path):
     path = tmp_path / "run"
