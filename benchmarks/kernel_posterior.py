@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep, draw_shard
+from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.sampler import Logits
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.kernels.dispatch import choose_kernels
 

@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xdlm_megatron.config.load import build_config
-from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.config.schema import AncestralSampler, RunConfig
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
-from xdlm_megatron.evaluation.generation import SampleOptions, build_denoiser, generate
+from xdlm_megatron.evaluation.generation import SampleOptions, build_denoiser, generate, observe
 from xdlm_megatron.kernels.dispatch import choose_kernels
 from xdlm_megatron.model.build import build_model
 from xdlm_megatron.parallel.mesh import open_mesh
@@ -87,13 +87,14 @@ def measure(args: argparse.Namespace) -> dict:
             chunks = build_model(recipe(args, vocab, S), mesh)
             noise = StationaryNoise(UNIFORM_RATIO, vocab, vocab - 1)
             draw = choose_kernels("auto", mesh.device).draw_shard
-            options = SampleOptions(num_steps=args.steps, num_samples=args.batch)
+            options, settings = SampleOptions(num_samples=args.batch), AncestralSampler(num_steps=args.steps)
             baseline = baseline_mib(mesh.device)
             if args.impl == "dense":
                 work = partial(sample_dense, chunks[0], args, noise, S)
             else:
-                request = (build_denoiser(chunks, mesh), options, noise, LogLinear(), S, [])
-                work = partial(generate, *request, mesh.device, args.batch, draw)
+                observed = observe(S, [], [], mesh.device)
+                request = (build_denoiser(chunks, mesh), options, settings, noise, LogLinear(), observed)
+                work = partial(generate, *request, args.batch, draw)
             seconds = seconds_of(work, mesh.device)
         peak = peak_mib(mesh.device)
     return {"seconds": seconds, "peak_mib": peak - baseline}

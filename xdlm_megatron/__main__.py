@@ -101,22 +101,28 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _sample(options: argparse.Namespace) -> int:
+    flags = {
+        "num_steps": options.steps,
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "final": options.final,
+    }
+    settings = [f"sampling.{name}={value}" for name, value in flags.items() if value is not None]
+    kind = [f"sampling={{kind: {options.sampler}}}"] if options.sampler else []
+    options.overrides = [*kind, *settings, *options.overrides]
     config = _load(options)
     import xdlm_megatron.parallel  # noqa: F401
     from xdlm_megatron.evaluation.generation import SampleOptions
     from xdlm_megatron.evaluation.run import sample
 
-    sampling = SampleOptions(
-        num_steps=options.steps,
+    what = SampleOptions(
         num_samples=options.num_samples,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        final=options.final,
         seed=options.seed,
         prompt=options.prompt,
+        suffix=options.suffix,
         trace_frames=options.trace,
     )
-    sample(config, sampling, checkpoint=options.checkpoint, use_ema=not options.no_ema)
+    sample(config, what, checkpoint=options.checkpoint, use_ema=not options.no_ema)
     return 0
 
 
@@ -189,7 +195,7 @@ def _number(kind: type, rule: str, holds: Callable[[float], bool]) -> Callable[[
 
 _COUNT = _number(int, "a whole number of at least 1", lambda n: n >= 1)
 _SEED = _number(int, "a whole number in [0, 2^32)", lambda n: 0 <= n < 2**32)
-_TEMPERATURE = _number(float, "above 0; --final greedy takes the likeliest", lambda x: 0 < x < float("inf"))
+_TEMPERATURE = _number(float, "at least 0; 0 takes the likeliest token", lambda x: 0 <= x < float("inf"))
 _TOP_P = _number(float, "in (0, 1]; 1 keeps every token", lambda x: 0 < x <= 1)
 _DRAWS = _number(int, "a whole number of at least 20", lambda n: n >= 20)
 _LEVEL = _number(float, "in (0, 1)", lambda x: 0 < x < 1)
@@ -278,20 +284,21 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sample_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=_COUNT, default=64, help="reverse steps (default 64)")
+    parser.add_argument(
+        "--sampler",
+        metavar="NAME",
+        help="another sampler than the recipe's, with its defaults (sampling.kind)",
+    )
+    parser.add_argument("--steps", type=_COUNT, metavar="N", help="sampling.num_steps")
+    parser.add_argument("--temperature", type=_TEMPERATURE, metavar="T", help="sampling.temperature")
+    parser.add_argument("--top-p", type=_TOP_P, metavar="P", help="sampling.top_p")
+    parser.add_argument(
+        "--final", choices=("ancestral", "greedy", "none"), help="sampling.final: removal of the last noise"
+    )
     parser.add_argument("--num-samples", type=_COUNT, default=1, help="sequences (default 1)")
-    parser.add_argument(
-        "--temperature", type=_TEMPERATURE, default=1.0, help="of the predicted law (default 1)"
-    )
-    parser.add_argument("--top-p", type=_TOP_P, default=1.0, help="share of the law that is kept (default 1)")
-    parser.add_argument(
-        "--final",
-        choices=("ancestral", "greedy", "none"),
-        default="ancestral",
-        help="removal of the last noise",
-    )
     parser.add_argument("--seed", type=_SEED, default=1, help="of all draws (default 1)")
     parser.add_argument("--prompt", help="text that every sample begins with; it never changes")
+    parser.add_argument("--suffix", help="text that every sample ends with; it never changes")
     parser.add_argument(
         "--trace", type=_FRAMES, default=0, metavar="N", help="show N frames of the first sample"
     )

@@ -4,6 +4,7 @@ from itertools import product
 
 import numpy as np
 import torch
+from scipy.stats import chisquare
 from torch import Tensor
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
@@ -109,3 +110,20 @@ def gauss_legendre(nodes: int, low: float = 0.0, high: float = 1.0) -> tuple[Ten
     y = bounds[0] + (bounds[1] - bounds[0]) * (y + 1) / 2
     w = w * (bounds[1] - bounds[0]) / 2
     return (1 - torch.cos(torch.pi * y)) / 2, w * torch.pi / 2 * torch.sin(torch.pi * y)
+
+
+def assert_drawn_from(ids, law):
+    """A chi-square test of ids in range(len(law)) against their probabilities."""
+    counts = torch.bincount(ids.flatten(), minlength=len(law))
+    # a law of rounding is no law: states of probability 1e-18 never occur
+    assert counts[law <= 1e-12].sum() == 0
+    expected = law / law.sum() * ids.numel()
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    if expected[-1] < 5:  # too few for the statistic: join them with the rarest of the others
+        rarest = expected[:-1].argmin()
+        for x in (observed, expected):
+            x[rarest] += x[-1]
+        observed, expected = observed[:-1], expected[:-1]
+    assert len(expected) == 1 or chisquare(observed, expected).pvalue > 1e-4

@@ -5,35 +5,20 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import F64, MASK, V, f64, law_of, noise_name, noises, prior, random_logits
-from scipy.stats import chisquare
+from oracle import F64, MASK, V, assert_drawn_from, f64, law_of, noise_name, noises, prior, random_logits
 
+from xdlm_megatron.config.schema import AncestralSampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior import posterior, token_law
 from xdlm_megatron.diffusion.posterior_draw import Counters, ReverseStep, draw_shard
+from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.sampler import Logits, sample
 from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.samplers import sample
 
 ROWS, LENGTH = 200, 250
 KEY = (11, Stream.SAMPLE_STEP)
-
-
-def assert_drawn_from(ids, law):
-    counts = torch.bincount(ids.flatten(), minlength=len(law))
-    # a law of rounding is no law: states of probability 1e-18 never occur
-    assert counts[law <= 1e-12].sum() == 0
-    expected = law / law.sum() * ids.numel()
-    common = expected >= 5
-    observed = torch.cat([counts[common], counts[~common].sum()[None]]).double()
-    expected = torch.cat([expected[common], expected[~common].sum()[None]])
-    if expected[-1] < 5:  # too few for the statistic: join them with the rarest of the others
-        rarest = expected[:-1].argmin()
-        for x in (observed, expected):
-            x[rarest] += x[-1]
-        observed, expected = observed[:-1], expected[:-1]
-    assert len(expected) == 1 or chisquare(observed, expected).pvalue > 1e-4
 
 
 def one_step(logits, z, noise, alpha_s, alpha_t, **reshaped):
@@ -106,8 +91,12 @@ def test_tokens_of_a_large_vocabulary_follow_the_float64_law(size, columns, dtyp
 def test_a_chain_draws_from_the_product_of_posteriors(noise):
     """Every z has its own output, as in a network; the law of the end is prior x P_1 x ... x P_T."""
     table, schedule, steps = random_logits(V)[0], LogLinear(), 4
-    counter = (torch.arange(ROWS)[:, None], torch.arange(LENGTH))
-    z1 = noise.sample_prior((11, Stream.SAMPLE_PRIOR), counter)
+    unknown = torch.full((ROWS, LENGTH), -1)
+
+    def ends(final):
+        settings = AncestralSampler(num_steps=steps, final=final)
+        return sample(lambda z: table[z], settings, noise, schedule, 11, unknown).ids_BS
+
     p, z_all, law = law_of(table, noise)[None], torch.arange(V)[None], prior(noise)
     grid = torch.linspace(1, 1e-5, steps + 1, dtype=F64)
     alphas = [*schedule.alpha(grid).tolist(), 1.0]
@@ -115,8 +104,8 @@ def test_a_chain_draws_from_the_product_of_posteriors(noise):
         kernel = posterior(p, z_all, f64(alphas[i + 1]), f64(alphas[i]), noise)[0]
         law = law @ kernel
         if i == steps - 1:
-            assert_drawn_from(sample(lambda z: table[z], z1, schedule, steps, noise, KEY, final="none"), law)
-    assert_drawn_from(sample(lambda z: table[z], z1, schedule, steps, noise, KEY), law)
+            assert_drawn_from(ends("none"), law)
+    assert_drawn_from(ends("ancestral"), law)
 
 
 def test_token_law_temperature_and_nucleus():

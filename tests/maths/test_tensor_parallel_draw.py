@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
-from xdlm_megatron.diffusion.sampler import most_probable
+from xdlm_megatron.diffusion.prediction import most_probable
 
 WORLD = 4
 B, S = 4, 2750

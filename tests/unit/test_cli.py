@@ -125,8 +125,11 @@ def test_verbs(mistake: Mistake, small: Path) -> None:
         (["sample", "--num-samples", "-1"], "--num-samples: must be a whole number of at least 1"),
         (["sample", "--top-p", "2"], "--top-p: must be in (0, 1]; 1 keeps every token (got '2')"),
         (["sample", "--top-p", "nan"], "--top-p: must be in (0, 1]"),
-        (["sample", "--temperature", "0"], "--temperature: must be above 0"),
-        (["sample", "--temperature", "inf"], "--temperature: must be above 0"),
+        (["sample", "--temperature", "-1"], "--temperature: must be at least 0"),
+        (["sample", "--temperature", "inf"], "--temperature: must be at least 0"),
+        (["sample", "--temperature", "0"], "sampling.temperature: Input should be greater than 0"),
+        (["sample", "--sampler", "best"], "sampling.kind: Input should be 'ancestral' or "),
+        (["sample", "--sampler", "confidence", "--final", "none"], "sampling.final: no such field"),
         (["sample", "--seed", "-1"], "--seed: must be a whole number in [0, 2^32)"),
         (["sample", "--trace", "1"], "--trace: must be 0, or at least 2"),
         (["sample", "--final", "best"], "--final: invalid choice: 'best'"),
@@ -250,7 +253,7 @@ def test_evaluation_without_a_set(mistake: Mistake, trained: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "to be or not to be " * 20], "tokens and data.seq_length is 32; shorten it"),
+        (["--prompt", "to be or not to be " * 20], "tokens and data.seq_length is 32; shorten them"),
         (["data.tokenizer=nowhere.model"], "nowhere.model: no such file"),
         (["data.tokenizer=README.md"], "must end in one of '.model', '.json'"),
     ],

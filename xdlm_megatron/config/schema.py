@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass as section
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -21,6 +21,8 @@ AtLeastTwo = Annotated[int, Field(ge=2, strict=True)]
 PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
 NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1, strict=True)]
+OpenFraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
 Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
 SmallFraction = Annotated[float, Field(gt=0, lt=0.5, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
@@ -244,6 +246,53 @@ class Evaluation:
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
+class AnySampler:
+    """What every sampler has; each `kind` is described in docs/sampling.md."""
+
+    temperature: NonNegativeFloat = 1.0
+    """Of the predicted law; 0 takes the likeliest token (LLaDA and Saber are published with 0)."""
+    top_p: PositiveFraction = 1.0
+    """Draw among the most probable tokens whose cumulative probability stays within it; 1: all."""
+    guidance_scale: NonNegativeFloat = 0.0
+    """Classifier-free guidance towards the observed tokens, at twice the network calls; 0: none."""
+    block_size: PositiveInt | None = None
+    """Sample this many positions after the others, from left to right; None: all at once."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class AncestralSampler(AnySampler):
+    kind: Literal["ancestral"] = "ancestral"
+    """The reverse process: draws from p_theta(z_s | z_t)."""
+    num_steps: PositiveInt = 64
+    """Reverse steps (of each block)."""
+    final: Literal["ancestral", "greedy", "none"] = "ancestral"
+    """Removal of the last noise: ancestral (a draw at t = 0), greedy (the likeliest tokens), or none."""
+    t_end: OpenFraction = 1e-5
+    """Time of the last step (the paper's 1e-5)."""
+    temperature: PositiveFloat = 1.0
+    """Of the predicted law, before the posterior is made of it."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class ConfidenceSampler(AnySampler):
+    kind: Literal["confidence"]
+    """LLaDA's low-confidence re-masking: from all masks, the surest tokens first."""
+    num_steps: PositiveInt = 64
+    """Steps (of each block), over which the masks are split evenly."""
+
+
+def _kind_or_ancestral(value: Any) -> Any:
+    """So that sampling.num_steps=8 alone is a section."""
+    return value.get("kind", "ancestral") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+Sampler = Annotated[
+    Annotated[AncestralSampler, Tag("ancestral")] | Annotated[ConfidenceSampler, Tag("confidence")],
+    Discriminator(_kind_or_ancestral),
+]
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
 class RunConfig:
     """A whole recipe."""
 
@@ -259,3 +308,4 @@ class RunConfig:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     tracking: Tracking = field(default_factory=Tracking)
     evaluation: Evaluation = field(default_factory=Evaluation)
+    sampling: Sampler = field(default_factory=AncestralSampler)

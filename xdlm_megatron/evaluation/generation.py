@@ -10,20 +10,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.config.schema import AnySampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
-from xdlm_megatron.diffusion.sampler import Denoise, Pick, sample
+from xdlm_megatron.diffusion.prediction import Denoise, Pick, Prediction
 from xdlm_megatron.diffusion.schedule import Schedule
 from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.parallel.schedule import run_schedule
+from xdlm_megatron.samplers import sample
 
 # Elements of the logits that exist at once: enough rows for a fast product, and little beside the weight.
 CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
@@ -31,28 +32,28 @@ CHUNK_ELEMENTS = {"cpu": 1 << 23, "cuda": 1 << 26}
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions:
-    """How to sample; the fields are the command line's."""
+    """What to sample; how is the recipe's `sampling`. The fields are the command line's."""
 
-    num_steps: int = 64
     num_samples: int = 1
-    temperature: float = 1.0
-    top_p: float = 1.0
-    final: Literal["ancestral", "greedy", "none"] = "ancestral"
     seed: int = 1
     prompt: str | None = None
+    suffix: str | None = None
     trace_frames: int = 0
 
 
 @dataclass(frozen=True)
 class Samples:
-    """ids [num_samples, S]; snapshots: (t, ids of the first sample [S]) from the prior to the end.
+    """ids [N, S], N = num_samples; snapshots: (t, ids of the first sample [S]) from the start to the end.
 
-    num_function_evaluations: network calls for one sample.
+    evaluations, steps: int64 [N], network calls that each sample needed, and steps that its sampler took.
+    last_change: int64 [N, S], the step (from 1) that last changed a position, 0 for observed ones.
     """
 
     ids: Tensor
     snapshots: list[tuple[float, Tensor]]
-    num_function_evaluations: int
+    evaluations: Tensor
+    steps: Tensor
+    last_change: Tensor
 
 
 @dataclass(frozen=True)
@@ -60,63 +61,65 @@ class _Input:
     zt_BS: Tensor
 
 
+def observe(seq_length: int, prompt_ids: list[int], suffix_ids: list[int], device: torch.device) -> Tensor:
+    """int64 [seq_length]: what the sample begins and ends with, -1 between. ValueError where no room is
+    left.
+    """
+    given = len(prompt_ids) + len(suffix_ids)
+    if given >= seq_length:
+        raise ValueError(
+            f"prompt and suffix have {given} tokens and data.seq_length is {seq_length}; shorten them"
+        )
+    unknown = [-1] * (seq_length - given)
+    return torch.tensor([*prompt_ids, *unknown, *suffix_ids], dtype=torch.int64, device=device)
+
+
 def generate(
     denoise: Denoise,
     options: SampleOptions,
+    settings: AnySampler,
     noise: StationaryNoise,
     schedule: Schedule,
-    seq_length: int,
-    prompt_ids: list[int],
-    device: torch.device,
+    observed_S: Tensor,
     batch_size: int = 16,
     draw: DrawShard = draw_shard,
 ) -> Samples:
-    """Ancestral sampling from the stationary law, with an optional prefix that never changes.
+    """options.num_samples fillings of observed_S (int64 ids, -1 where unknown) by the sampler of `settings`.
 
     batch_size: sequences that the network sees at once; a sample does not depend on it. draw: what reads the
-    logits.
-
-    Raises:
-        ValueError: the prompt leaves no free position, or an option is out of range.
+    logits. Raises ValueError where `sample` does.
     """
     if options.num_samples < 1:
         raise ValueError(f"--num-samples {options.num_samples} must be >= 1; ask for one sample or more")
-    if len(prompt_ids) >= seq_length:
-        raise ValueError(
-            f"the prompt has {len(prompt_ids)} tokens and data.seq_length is {seq_length}; shorten it"
-        )
-    observed_S = torch.full((seq_length,), -1, dtype=torch.int64, device=device)
-    observed_S[: len(prompt_ids)] = torch.tensor(prompt_ids, dtype=torch.int64, device=device)
-    position_S = torch.arange(seq_length, device=device)
     snapshots: list[tuple[float, Tensor]] = []
     batches = []
-    for row_B in torch.arange(options.num_samples, device=device).split(batch_size):
-        prior_BS = noise.sample_prior((options.seed, Stream.SAMPLE_PRIOR), (row_B[:, None], position_S))
-        first = len(batches) == 0
-        if first:
-            snapshots.append((1.0, torch.where(observed_S < 0, prior_BS[0], observed_S)))
+    for row_B in torch.arange(options.num_samples, device=observed_S.device).split(batch_size):
+        first = not batches
 
-        def record(call: int, num_calls: int, t: float, zs_BS: Tensor, keep: bool = first) -> None:
+        def record(t: float, z_BS: Tensor, keep: bool = first) -> None:
             if keep:
-                snapshots.append((t, zs_BS[0].clone()))
+                snapshots.append((t, z_BS[0].clone()))
 
-        ids_BS = sample(
-            denoise,
-            prior_BS,
-            schedule,
-            options.num_steps,
-            noise,
-            (options.seed, Stream.SAMPLE_STEP),
-            observed_S.expand_as(prior_BS),
-            final=options.final,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            row_id_B=row_B,
-            on_step=record,
-            draw=draw,
+        batches.append(
+            sample(
+                denoise,
+                settings,
+                noise,
+                schedule,
+                options.seed,
+                observed_S.expand(len(row_B), -1),
+                row_B,
+                draw=draw,
+                on_step=record,
+            )
         )
-        batches.append(ids_BS)
-    return Samples(torch.cat(batches), snapshots, len(snapshots) - 1)
+    return Samples(
+        torch.cat([batch.ids_BS for batch in batches]),
+        snapshots,
+        torch.cat([batch.evaluations_B for batch in batches]),
+        torch.cat([batch.steps_B for batch in batches]),
+        torch.cat([batch.last_change_BS for batch in batches]),
+    )
 
 
 def build_denoiser(chunks: list[Any], mesh: Mesh) -> Callable[[Tensor], HeadPrediction]:
@@ -149,7 +152,7 @@ def build_denoiser(chunks: list[Any], mesh: Mesh) -> Callable[[Tensor], HeadPred
 
 
 @dataclass(frozen=True)
-class HeadPrediction:
+class HeadPrediction(Prediction):
     """A network's output before its head: hidden [S, B, H] of this process's positions and its rows [P, H] of
     the head, on the last pipeline stage; None elsewhere. Logits are made of the rows that are asked for.
     """
@@ -159,27 +162,35 @@ class HeadPrediction:
     weight_PH: Tensor | None
 
     @torch.no_grad()
-    def replace(self, ids_BS: Tensor, chosen_BS: Tensor, pick: Pick) -> Tensor:
-        """As sampler.Prediction's. Context-parallel ranks pick at their own positions and exchange the ids;
-        the other pipeline stages receive them.
+    def read(self, chosen_BS: Tensor, pick: Pick, num_values: int = 1) -> Tensor:
+        """Context-parallel ranks ask about their own positions and exchange what they hear; the other
+        pipeline stages receive it.
         """
-        groups = self.mesh.groups
-        ids_BS = ids_BS.clone()
+        groups, S = self.mesh.groups, chosen_BS.shape[1]
+        values_KBS = torch.zeros(num_values, *chosen_BS.shape, dtype=torch.float64, device=chosen_BS.device)
         if self.hidden_SBH is not None and self.weight_PH is not None:
-            own = self.mesh.sequence_slice(ids_BS.shape[1])
+            own = self.mesh.sequence_slice(S)
             row_M, column_M = chosen_BS[:, own].nonzero(as_tuple=True)
             hidden_MH = self.hidden_SBH[column_M, row_M]
             group = groups.tp if groups.tp.size() > 1 else None
-            at_M = row_M * ids_BS.shape[1] + column_M + own.start
+            at_M = row_M * S + column_M + own.start
             tokens = max(1, CHUNK_ELEMENTS.get(hidden_MH.device.type, 1 << 26) // len(self.weight_PH))
             for at_C, hidden_CH in zip(at_M.split(tokens), hidden_MH.split(tokens), strict=True):
                 index_C = torch.arange(len(at_C), device=at_C.device)
-                ids_BS.view(-1)[at_C] = pick(at_C, hidden_CH @ self.weight_PH.t(), index_C, group)
+                picked = pick(at_C, hidden_CH @ self.weight_PH.t(), index_C, group)
+                values_KBS.view(num_values, -1)[:, at_C] = picked.double()
             if groups.cp.size() > 1:
-                share_BS = ids_BS[:, own].contiguous()
-                shares = [torch.empty_like(share_BS) for _ in range(groups.cp.size())]
-                dist.all_gather(shares, share_BS, group=groups.cp)
-                ids_BS = torch.cat(shares, dim=1)
+                share_KBS = values_KBS[..., own].contiguous()
+                shares = [torch.empty_like(share_KBS) for _ in range(groups.cp.size())]
+                dist.all_gather(shares, share_KBS, group=groups.cp)
+                values_KBS = torch.cat(shares, dim=-1)
         if groups.pp.size() > 1:
-            dist.broadcast(ids_BS, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
-        return ids_BS
+            dist.broadcast(values_KBS, src=dist.get_process_group_ranks(groups.pp)[-1], group=groups.pp)
+        return values_KBS
+
+    def guided(self, unconditional: HeadPrediction, scale: float) -> HeadPrediction:
+        """The head is linear: mixed hidden states have mixed logits, of one product."""
+        if self.hidden_SBH is None or unconditional.hidden_SBH is None:
+            return self
+        mixed_SBH = self.hidden_SBH + scale * (self.hidden_SBH - unconditional.hidden_SBH)
+        return HeadPrediction(self.mesh, mixed_SBH, self.weight_PH)

@@ -17,7 +17,13 @@ from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise, build_schedule, build_valid_samples
 from xdlm_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from xdlm_megatron.evaluation.generation import SampleOptions, Samples, build_denoiser, generate
+from xdlm_megatron.evaluation.generation import (
+    SampleOptions,
+    Samples,
+    build_denoiser,
+    generate,
+    observe,
+)
 from xdlm_megatron.evaluation.nelbo import NelboResult, build_evaluator
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
@@ -52,23 +58,22 @@ def sample(
     path = choose_checkpoint(config, checkpoint)
     tokenizer = load_tokenizer(config.data.tokenizer)
     noise, schedule = build_noise(config), build_schedule(config.diffusion)
-    prompt_ids = tokenizer.encode(options.prompt) if options.prompt else []
+    given = (tokenizer.encode(text) if text else [] for text in (options.prompt, options.suffix))
     with _restored(config, path, use_ema) as (mesh, chunks, step):
         kernels = choose_kernels_together(config.train.kernels, mesh)
         samples = generate(
             build_denoiser(chunks, mesh),
             options,
+            config.sampling,
             noise,
             schedule,
-            config.data.seq_length,
-            prompt_ids,
-            mesh.device,
+            observe(config.data.seq_length, *given, mesh.device),
             config.train.micro_batch_size,
             kernels.draw_shard,
         )
         if mesh.is_main:
             print(f"tokens drawn by {kernels.reason}")
-            _report_samples(tokenizer, options, samples, f"{path} (step {step}, {_weights(use_ema)})")
+            _report_samples(tokenizer, config, options, samples, f"{path} (step {step}, {_weights(use_ema)})")
     return samples
 
 
@@ -126,8 +131,11 @@ def _report_evaluation(
     (folder / name).write_text(json.dumps(record, indent=2) + "\n")
 
 
-def _report_samples(tokenizer: Tokenizer, options: SampleOptions, samples: Samples, title: str) -> None:
-    print(f"{title}: {options.num_steps} steps, {samples.num_function_evaluations} network calls")
+def _report_samples(
+    tokenizer: Tokenizer, config: RunConfig, options: SampleOptions, samples: Samples, title: str
+) -> None:
+    steps, calls = samples.steps.double().mean(), samples.evaluations.double().mean()
+    print(f"{title}: {config.sampling.kind}, {steps:.4g} steps, {calls:.4g} network calls a sample")
     if options.trace_frames:
         print_trace(
             [ids.cpu().numpy() for _, ids in samples.snapshots],

@@ -16,8 +16,8 @@ from xdlm_megatron.diffusion.posterior_draw import (
     exponential,
     tile_exponentials,
 )
+from xdlm_megatron.diffusion.prediction import Logits, most_probable
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.sampler import Logits, most_probable
 
 KEY = (3, Stream.SAMPLE_STEP)
 V, MASK = 45, 44

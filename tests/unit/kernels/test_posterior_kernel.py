@@ -15,8 +15,8 @@ from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.nucleus import find_nucleus
 from xdlm_megatron.diffusion.posterior import posterior, token_law
 from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard, ReverseStep, draw_shard
+from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.sampler import Logits
 from xdlm_megatron.kernels.library import Library
 from xdlm_megatron.kernels.posterior import posterior_draw
 
