@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart test check test-unit test-gpu test-distributed test-slurm bench bench-gpu ui clean
+.PHONY: help quickstart test check test-unit test-gpu test-distributed test-slurm bench bench-gpu gpu-suite ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -58,6 +58,10 @@ bench-gpu: $(VENV)/.installed-dev  ## the tables of a GPU, in benchmarks/results
 	timeout 180 $(BIN)/python benchmarks/kernel_nelbo.py --device cuda
 	timeout 120 $(BIN)/python benchmarks/head_loss.py --device cuda
 	timeout 170 $(BIN)/python benchmarks/kernel_posterior.py --device cuda --vocabularies 131072
+
+# With the environment that is there, as a machine without network has no other: .venv's Python, else $(PYTHON).
+gpu-suite:  ## what this package does on one GPU: parity, FP8, speed, memory, a report; under 9 minutes, no network
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_suite.py $(ARGS)
 
 ui: $(VENV)/.installed  ## MLflow's page over the local store, http://127.0.0.1:5000
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[ui]"

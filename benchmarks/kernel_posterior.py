@@ -172,6 +172,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder of the results [benchmarks/results/DEVICE]")
     parser.add_argument("--measure", action="store_true", help="measure one case here and print it as JSON")
     parser.add_argument("--vocab", type=int, default=32000, help="with --measure")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the logits")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="with --measure")
     parser.add_argument("--step", choices=STEPS, default="t = 1/2", help="with --measure")
     parser.add_argument("--impl", choices=("dense", "twin", "ours"), default="ours", help="with --measure")
@@ -184,7 +185,7 @@ def main() -> None:
     cases = [
         {"vocab": vocab, "dtype": dtype, "step": step, "impl": impl}
         for vocab in args.vocabularies
-        for dtype in DTYPES
+        for dtype in args.dtypes
         for step in STEPS
         for impl in impls
     ]

@@ -48,6 +48,11 @@ class Ema:
         self._sharded = any(isinstance(inner, DistributedOptimizer) for inner in _inner(optimizer))
         self._shards = _find_shards(optimizer, self._parameters)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of this process's averages."""
+        return sum(shard.average.nbytes for shard in self._shards.values())
+
     @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after an optimizer step."""
