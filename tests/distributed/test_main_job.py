@@ -21,7 +21,7 @@ CP = "parallel.context_parallel_size=2"
 def trained(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(recipe file, run folder) of a tensor-parallel run with a local MLflow store."""
     folder = tmp_path_factory.mktemp("main_job")
-    recipe = {**tiny_recipe, "tracking": {"mlflow": "local", "experiment": "main-job"}}
+    recipe = {**tiny_recipe, "tracking": {"mlflow": "local", "experiment": "main-job", "parent_run": "jobs"}}
     recipe["optimizer"] = {**recipe["optimizer"], "lr": 0.01}
     path = write_recipe(folder, recipe, "job")
     launch(2, "train", path, [TP])
@@ -34,7 +34,13 @@ def test_run_folder_tells_the_whole_story(trained: tuple[Path, Path]) -> None:
     assert {"recipe.yaml", "environment.jsonl", "metrics.jsonl", "checkpoints"} <= names
     first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     assert next(iter(first)) == "step"
-    assert {"consumed_samples", "consumed_tokens", "train/nelbo", "train/grad_norm"} <= first.keys()
+    assert {
+        "consumed_samples",
+        "consumed_tokens",
+        "consumed_flops",
+        "train/nelbo",
+        "train/grad_norm",
+    } <= first.keys()
     assert first["consumed_samples"] == 8
     assert first["consumed_tokens"] == 8 * 32
     nelbo = read_series(run / "metrics.jsonl", "train/nelbo")
@@ -47,9 +53,15 @@ def test_mlflow_has_every_point_and_the_recipe(trained: tuple[Path, Path]) -> No
     _, run = trained
     client = MlflowClient(f"sqlite:///{run.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("main-job")
-    (logged,) = client.search_runs([experiment.experiment_id])
-    assert logged.info.status == "FINISHED"
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    assert set(runs) == {"job", "jobs"}
+    logged = runs["job"]
+    assert logged.info.status == runs["jobs"].info.status == "FINISHED"
+    assert logged.data.tags["mlflow.parentRunId"] == runs["jobs"].info.run_id
+    assert logged.data.tags["layout"] == "tp2-pp1-cp1-dp1"
+    assert {"git_commit", "recipe_hash", "uniform_ratio"} <= logged.data.tags.keys()
     assert logged.data.params["diffusion.uniform_ratio"] == "0.1"
+    assert {"consumed_tokens", "consumed_flops", "train/nelbo"} <= logged.data.metrics.keys()
     history = client.get_metric_history(logged.info.run_id, "train/nelbo")
     written = read_series(run / "metrics.jsonl", "train/nelbo")
     assert [point.value for point in sorted(history, key=lambda point: point.step)] == pytest.approx(written)

@@ -1,8 +1,6 @@
 """The MLflow tracker. Training never waits for MLflow: a process beside it copies metrics.jsonl there.
 
-    python -m xdlm_megatron.tracking.mlflow RUN_DIR [--uri URI] [--status KILLED]
-
-sends by hand what is missing: after an outage, or from a machine that reaches the server.
+What is missing after an outage, or from a machine without a network, `tools/sync_mlflow.py` sends later.
 """
 
 import argparse
@@ -16,9 +14,18 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from xdlm_megatron.tracking.shipping import REQUEST_FILE, Shipper, pending_lines, read_json, write_json
+from xdlm_megatron.tracking.shipping import (
+    REQUEST_FILE,
+    Shipper,
+    new_request,
+    pending_lines,
+    read_json,
+    update_request,
+    write_json,
+)
+from xdlm_megatron.tracking.store import checked_uri
 from xdlm_megatron.tracking.tracker import Status, one_line, report
 
 POLL_SECONDS = 2.0
@@ -66,13 +73,13 @@ class MlflowTracker:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.close_seconds = close_seconds
         request_file = self.run_dir / REQUEST_FILE
-        first: dict[str, Any] = {"uid": uuid.uuid4().hex, "experiment": experiment, "run_name": run_name}
-        first |= {"params": {}, "tags": {}, "artifacts": []}
-        self._request = read_json(request_file) if request_file.exists() else first
-        self._request |= {"uri": _checked_uri(uri or default_uri(run_dir)), "status": "RUNNING"}
-        self._request |= {} if parent_run is None else {"parent_run": parent_run}
-        self._request["tags"] |= {name: str(value) for name, value in (tags or {}).items()}
-        self.log_params(params or {})
+        if request_file.exists():
+            self._request = read_json(request_file)
+        else:
+            self._request = new_request(uuid.uuid4().hex, experiment, run_name)
+        self._request |= {"uri": checked_uri(uri or default_uri(run_dir)), "status": "RUNNING"}
+        update_request(self._request, params or {}, tags or {}, parent_run)
+        self._save()
         self._process: subprocess.Popen[bytes] | None = _start_process(self.run_dir, poll_seconds)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -85,7 +92,7 @@ class MlflowTracker:
 
     def log_params(self, params: Mapping[str, Any]) -> None:
         """Nested mappings become dotted names. MLflow's params are immutable: a name's first value stays."""
-        self._request["params"] = _flatten(params) | self._request["params"]
+        update_request(self._request, params, {}, None)
         self._save()
 
     def log_artifact(self, path: str | Path) -> None:
@@ -127,28 +134,7 @@ class MlflowTracker:
         write_json(self.run_dir / REQUEST_FILE, self._request)
 
     def _by_hand(self, verb: str) -> str:
-        return f"{verb} with: python -m xdlm_megatron.tracking.mlflow {self.run_dir}"
-
-
-def _checked_uri(uri: str) -> str:
-    """The URI with an absolute SQLite path: the shipping process may not share the working directory."""
-    if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
-    if uri.startswith("file:") or not ("://" in uri or uri.startswith("databricks")):
-        raise ValueError(
-            f"MLflow URI {uri!r} is no database and no server; use sqlite:///PATH/mlflow.db or http(s)://HOST"
-        )
-    return uri
-
-
-def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = str(value)
-    return flat
+        return f"{verb} with: python tools/sync_mlflow.py {self.run_dir} --to {self._request['uri']}"
 
 
 def _start_process(run_dir: Path, poll_seconds: float) -> subprocess.Popen[bytes]:
@@ -198,29 +184,17 @@ def _watch(run_dir: Path, poll_seconds: float, parent: int) -> int:
             return 1
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
+    """The shipping process; its trainer starts it."""
     parser = argparse.ArgumentParser(prog="python -m xdlm_megatron.tracking.mlflow", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument(
-        "--status", choices=get_args(Status), help="how a run ended that could not say so itself"
-    )
-    parser.add_argument("--uri", help="another store, or another address of it, than the trainer's")
-    parser.add_argument("--watch", type=float, help=argparse.SUPPRESS)  # seconds between shipments
-    parser.add_argument("--parent", type=int, help=argparse.SUPPRESS)  # process id of the trainer
-    options = parser.parse_args(arguments)
-    if options.watch is not None:
-        for number in _IGNORED_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
-        return _watch(options.run_dir, options.watch, options.parent)
-    try:
-        uri = _checked_uri(options.uri) if options.uri else None
-        print(f"{Shipper(options.run_dir, uri).ship(options.status)} points sent")
-    except Exception as error:  # a tool: any failure is one line and a code
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 2
-    return 0
+    parser.add_argument("--watch", type=float, required=True, help="seconds between shipments")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the trainer")
+    options = parser.parse_args()
+    for number in _IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED_SIGNALS)
+    return _watch(options.run_dir, options.watch, options.parent)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar
@@ -50,6 +50,22 @@ def ship(run_dir: str | Path, status: Status | None = None, uri: str | None = No
     return Shipper(run_dir, uri).ship(status)
 
 
+def new_request(uid: str, experiment: str, run_name: str) -> dict[str, Any]:
+    """What mlflow.json of a new run holds; `uid` finds its MLflow run in any store."""
+    names = {"uid": uid, "experiment": experiment, "run_name": run_name}
+    return {**names, "params": {}, "tags": {}, "artifacts": []}
+
+
+def update_request(
+    request: dict[str, Any], params: Mapping[str, Any], tags: Mapping[str, Any], parent_run: str | None
+) -> None:
+    """Nested params become dotted names. Params are immutable in MLflow: a name's first value stays."""
+    request["params"] = _flatten(params) | request["params"]
+    request["tags"] |= {name: str(value) for name, value in tags.items()}
+    if parent_run is not None:
+        request["parent_run"] = parent_run
+
+
 def pending_lines(run_dir: str | Path) -> int:
     """The number of finished lines of metrics.jsonl that MLflow does not have yet."""
     metrics, shipped = Path(run_dir) / METRICS_FILE, Path(run_dir) / SHIPPED_FILE
@@ -61,11 +77,17 @@ def pending_lines(run_dir: str | Path) -> int:
 
 
 class Shipper:
-    """`ship` with the connection kept open between calls."""
+    """`ship` with the connection kept open between calls.
 
-    def __init__(self, run_dir: str | Path, uri: str | None = None) -> None:
+    on_bytes: told how much more of metrics.jsonl is in MLflow; what is there before a call counts too.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, uri: str | None = None, on_bytes: Callable[[int], object] = lambda _: None
+    ) -> None:
         self.run_dir = Path(run_dir)
         self.uri = uri  # None: the one in mlflow.json
+        self._on_bytes = on_bytes
         self._client: Any = None
         self._client_uri = ""
 
@@ -82,6 +104,11 @@ class Shipper:
             self._send_status(request["status"] if request["status"] != "RUNNING" else status, shipped)
             self._send_artifacts(request, shipped)
         return count
+
+    @property
+    def run_id(self) -> str:
+        """Of the MLflow run, once `ship` has found or made it."""
+        return str(read_json(self.run_dir / SHIPPED_FILE)["run_id"])
 
     def _open_run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Connect, find or create the MLflow run, and return what is known to be there."""
@@ -153,10 +180,14 @@ class Shipper:
             return 0
         count = 0
         with open(path, "rb") as file:
-            for points, offset in new_points(file, _valid_offset(file, shipped), shipped["last_steps"]):
+            before = _valid_offset(file, shipped)
+            self._on_bytes(before)
+            for points, offset in new_points(file, before, shipped["last_steps"]):
                 for chunk in _batched(points, METRICS_PER_BATCH):
                     self._client.log_batch(shipped["run_id"], metrics=[Metric(*point) for point in chunk])
                 count += len(points)
+                self._on_bytes(offset - before)
+                before = offset
                 place = {"offset": offset, "tail": _tail(file, offset)}
                 if points or not place.items() <= shipped.items():
                     shipped |= place
@@ -228,6 +259,16 @@ def _tail(file: BinaryIO, offset: int) -> str:
     """A fingerprint of the 256 bytes before `offset`; they hold a line's time, so a rewrite changes them."""
     length = min(256, offset)
     return hashlib.sha256(os.pread(file.fileno(), length, offset - length)).hexdigest()
+
+
+def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat
 
 
 def _clean(values: dict[str, Any]) -> dict[str, str]:

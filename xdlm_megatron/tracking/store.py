@@ -54,6 +54,20 @@ def _find_or_create_experiment(client: Any, uri: str, name: str) -> str:
     return str(experiment.experiment_id)
 
 
+def checked_uri(uri: str) -> str:
+    """The URI with an absolute SQLite path: another process may not share the working directory.
+
+    Raises ValueError for what is neither a database nor a server.
+    """
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute()}"
+    if uri.startswith("file:") or not ("://" in uri or uri.startswith("databricks")):
+        raise ValueError(
+            f"MLflow URI {uri!r} is no database and no server; use sqlite:///PATH/mlflow.db or http(s)://HOST"
+        )
+    return uri
+
+
 def _sqlite_path(uri: str) -> Path | None:
     """The database file of an SQLite URI, None for any other URI."""
     return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None

@@ -107,7 +107,8 @@ class Loop:
             stopping = seen.stop or seen.requeue
             hopeless = state.skipped_in_a_row >= config.train.max_skipped_steps
             ending = stopping or hopeless or state.step == last_step
-            if state.step % config.train.log_interval == 0 or ending:
+            evaluating = state.step % config.evaluation.interval == 0 or (ending and not stopping)
+            if state.step % config.train.log_interval == 0 or evaluating or ending:
                 self._log(state, window)
                 window = _Window()
             with window.paused():
@@ -116,7 +117,7 @@ class Loop:
                     self.saver.publish()
                 if hopeless:
                     raise TrainingError(_hopeless(state))
-                if state.step % config.evaluation.interval == 0 or (ending and not stopping):
+                if evaluating:
                     self._evaluate(state)
                 if state.step % config.checkpoint.save_interval == 0 or ending:
                     self.progress.doing = f"save of step {state.step}"
@@ -164,6 +165,7 @@ class Loop:
             {
                 "consumed_samples": state.consumed_samples,
                 "consumed_tokens": state.consumed_tokens,
+                "consumed_flops": state.consumed_tokens * derived.flops_per_token,
                 "train/nelbo": nelbo_sum / max(num_tokens, 1),  # a tiny batch may be all prompt
                 "train/grad_norm": window.grad_norm,
                 "train/lr": window.lr,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any
 
 from xdlm_megatron import __version__
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe, to_tree
+from xdlm_megatron.config.record import ENVIRONMENT
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.indexed import load_manifest
 
 RECIPE = "recipe.yaml"
 DATA = "data.json"
-ENVIRONMENT = "environment.jsonl"
 
 # A resume that changes one of these would go on as another experiment.
 FIXED_FIELDS = (
@@ -74,11 +74,12 @@ def write_data(folder: Path, config: RunConfig) -> None:
 
 
 def record_start(folder: Path, config: RunConfig, step: int, world_size: int) -> None:
-    """One line for every start of the run: step, layout, package versions, git commit."""
+    """One line for every start of the run: step, layout, job, package versions, git commit."""
     start = {
         "step": step,
         "world_size": world_size,
         "parallel": to_tree(config)["parallel"],
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "xdlm_megatron": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
@@ -138,11 +139,6 @@ def check_same_data(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             "\n".join([f"{folder}: the data are not those this run began with; {cure}", *changed])
         )
-
-
-def recipe_hash(config: RunConfig) -> str:
-    """Short hash of the resolved recipe."""
-    return hashlib.sha256(dump_recipe(config).encode()).hexdigest()[:12]
 
 
 def git_commit() -> str | None:

@@ -20,6 +20,7 @@ from xdlm_megatron.checkpoint.reader import (
 from xdlm_megatron.checkpoint.writer import CheckpointWriter
 from xdlm_megatron.config.derive import Derived, derive, keeps_documents_apart, run_folder
 from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.record import last_start, run_params, run_tags
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_train_samples
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
@@ -49,8 +50,6 @@ from xdlm_megatron.train.provenance import (
     RECIPE,
     check_same_data,
     check_same_experiment,
-    git_commit,
-    recipe_hash,
     record_start,
     write_data,
     write_recipe,
@@ -283,7 +282,7 @@ def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: b
 def _build_tracker(run: Run, state: TrainState) -> Tracker:
     if not run.mesh.is_main:
         return NoopTracker()
-    config, groups = run.config, run.mesh.groups
+    config = run.config
     trackers: list[Tracker] = [
         JsonlTracker(run.folder / METRICS),
         ConsoleTracker(config.train.num_steps, state.step),
@@ -295,15 +294,8 @@ def _build_tracker(run: Run, state: TrainState) -> Tracker:
                 None if config.tracking.mlflow == "local" else config.tracking.mlflow,
                 config.tracking.experiment,
                 config.run.name,
-                params=to_tree(config) | {"num_parameters": run.derived.num_parameters},
-                tags={
-                    "recipe_hash": recipe_hash(config),
-                    "git_commit": git_commit() or "unknown",
-                    "uniform_ratio": config.diffusion.uniform_ratio,
-                    "layout": "-".join(
-                        f"{name}{getattr(groups, name).size()}" for name in ("tp", "pp", "cp", "dp")
-                    ),
-                },
+                params=run_params(config, run.derived),
+                tags=run_tags(config, last_start(run.folder)),
                 parent_run=config.tracking.parent_run,
             )
         )

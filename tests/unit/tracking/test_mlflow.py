@@ -16,7 +16,7 @@ import pytest
 
 from xdlm_megatron.tracking import mlflow as tracking_mlflow
 from xdlm_megatron.tracking.jsonl import JsonlTracker, truncate_after
-from xdlm_megatron.tracking.mlflow import MlflowTracker, default_uri, main
+from xdlm_megatron.tracking.mlflow import MlflowTracker, default_uri
 from xdlm_megatron.tracking.shipping import SHIPPED_FILE, pending_lines, read_json, ship, write_json
 
 DEAD_SERVER = "http://127.0.0.1:1"
@@ -226,7 +226,7 @@ def test_dead_server_neither_stalls_nor_loses(run_dir, store_uri, capfd):
     tracker.close("FINISHED")
     assert time.monotonic() - begin < 4.0
     told.append(capfd.readouterr().err)
-    assert "100 lines of metrics.jsonl are not in MLflow yet; send them later with: python -m " in told[-1]
+    assert "100 lines of metrics.jsonl are not in MLflow yet; send them later with: python tools/" in told[-1]
     assert "".join(told).count("MLflow is not reached") == 1  # once, however often it was tried
     assert ship(run_dir, uri=store_uri) == 200
     assert ship(run_dir, uri=store_uri) == 0
@@ -268,16 +268,6 @@ def test_death_of_the_process_is_an_error_once(run_dir, capsys):
 def test_file_stores_are_refused(run_dir, uri):
     with pytest.raises(ValueError, match="use sqlite:///"):
         MlflowTracker(run_dir, uri, "e", "r")
-
-
-def test_command_line(run_dir, store_uri, by_hand, capsys):
-    assert main([str(run_dir)]) == 2
-    assert "was started without MLflow" in capsys.readouterr().err
-    MlflowTracker(run_dir, store_uri, "by hand", "run")
-    write_steps(run_dir, [1])
-    assert main([str(run_dir), "--status", "KILLED"]) == 0
-    assert capsys.readouterr().out == "2 points sent\n"
-    assert run_in(run_dir)[1].info.status == "KILLED"
 
 
 def test_importing_the_trackers_imports_neither_mlflow_nor_torch():

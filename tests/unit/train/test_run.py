@@ -14,6 +14,7 @@ import torch
 
 from tests.unit.model.small import small_config
 from xdlm_megatron.checkpoint.reader import CheckpointError, find_latest
+from xdlm_megatron.config.derive import derive
 from xdlm_megatron.config.load import ConfigError
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.errors import DataError
@@ -58,6 +59,8 @@ def test_a_run_leaves_its_recipe_metrics_and_checkpoint(finished: RunConfig) -> 
     }
     assert series(finished, "consumed_samples") == [8 * n for n in range(1, 7)]
     assert series(finished, "consumed_tokens") == [8 * 32 * n for n in range(1, 7)]
+    per_token = derive(finished, 1).flops_per_token
+    assert series(finished, "consumed_flops") == [8 * 32 * n * per_token for n in range(1, 7)]
     assert find_latest(folder / "checkpoints").name == "step_00000006"
     # The rate that each update took: the first of a warm-up takes none.
     decay = [(1 + math.cos(math.pi * (n - 2) / 4)) / 2 for n in (3, 4, 5)]
@@ -67,6 +70,17 @@ def test_a_run_leaves_its_recipe_metrics_and_checkpoint(finished: RunConfig) -> 
         series(finished, f"eval/valid/{name}") for name in ("perplexity", "nelbo_per_token")
     )
     assert perplexity == pytest.approx(torch.tensor(nelbo, dtype=torch.float64).exp().item())
+
+
+def test_an_evaluated_step_says_its_tokens_and_flops(tiny_recipe: dict, tmp_path: Path) -> None:
+    """MLflow draws one metric over another where both have the same step."""
+    config = config_for(
+        tiny_recipe, tmp_path, train={"num_steps": 5, "log_interval": 4}, evaluation={"interval": 3}
+    )
+    train(config)
+    steps = {name: [line["step"] for line in metrics(config) if name in line] for name in metrics(config)[0]}
+    assert steps["consumed_flops"] == steps["train/nelbo"] == [3, 4, 5]
+    assert [line["step"] for line in metrics(config) if "eval/valid/perplexity" in line] == [3, 5]
 
 
 def test_evaluation_every_step_changes_no_bit(finished: RunConfig, tiny_recipe: dict, tmp_path: Path) -> None:
