@@ -27,6 +27,7 @@ INSTALL_REQUIRES = [
     "pyyaml>=6",
     "sentencepiece>=0.2",
     "tokenizers>=0.20",
+    "safetensors>=0.4",
     "mlflow-skinny>=3.17,<4",  # the client; sqlalchemy and alembic give it a local SQLite store
     "sqlalchemy>=2",
     "alembic>=1.13",

@@ -46,6 +46,11 @@ def parse_arguments() -> PreprocessOptions:
     )
     flag("--valid-fraction", type=float, default=0.0, help="share of documents held out (default: 0)")
     flag("--min-tokens", type=int, default=1, help="skip documents with fewer tokens (default: 1)")
+    flag(
+        "--vocab-size",
+        type=int,
+        help="rows of the model's embedding, where it has more than the tokenizer has ids (default: its ids)",
+    )
     flag("--overwrite", action="store_true", help="replace an existing dataset")
     arguments = vars(parser.parse_args())
     return PreprocessOptions(inputs=tuple(arguments.pop("input")), **arguments)

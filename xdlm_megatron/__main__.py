@@ -126,6 +126,27 @@ def _sample(options: argparse.Namespace) -> int:
     return 0
 
 
+def _convert(options: argparse.Namespace) -> int:
+    idle = ("checkpoint", "names", "no_ema") if options.to_hf is None else ("write_recipe",)
+    for name in idle:
+        if getattr(options, name):
+            way = "--from-hf" if options.to_hf is None else "--to-hf"
+            return _fail(f"--{name.replace('_', '-')} has no effect with {way}; leave it out")
+    config = load_recipe(options.recipe, options.overrides)
+    import xdlm_megatron.parallel  # noqa: F401
+    from xdlm_megatron.convert.from_hf import convert_from_hf, print_sections
+    from xdlm_megatron.convert.to_hf import convert_to_hf
+
+    if options.to_hf is not None:
+        names = options.names or "llada"
+        convert_to_hf(config, Path(options.to_hf), names, options.checkpoint, use_ema=not options.no_ema)
+    elif options.write_recipe:
+        print_sections(Path(options.from_hf))
+    else:
+        convert_from_hf(config, Path(options.from_hf))
+    return 0
+
+
 def _fit(options: argparse.Namespace) -> int:
     from xdlm_megatron.scaling.fit import Options
     from xdlm_megatron.scaling.run import Sources, run
@@ -242,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
         added.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
         if name == "sample":
             _add_sample_options(added)
+    _add_convert_options(verb("convert", _convert, "weights from or to a Hugging Face folder"))
     plan = verb("plan", _plan, "memory, time and the best layout of a recipe on a cluster")
     plan.add_argument("--gpu", default="h100", help="GPU type (default h100); an unknown one lists them")
     plan.add_argument("--gpus", type=_COUNT, default=8, help="GPUs in all (default 8)")
@@ -252,6 +274,20 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="everything as JSON, bytes and seconds")
     _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser
+
+
+def _add_convert_options(parser: argparse.ArgumentParser) -> None:
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--from-hf", metavar="FOLDER", help="its weights become the checkpoint train.init_from")
+    way.add_argument("--to-hf", metavar="FOLDER", help="to be made from a checkpoint")
+    parser.add_argument(
+        "--write-recipe", action="store_true", help="with --from-hf: print the sections that fit, no more"
+    )
+    parser.add_argument(
+        "--names", choices=("llada", "llama"), help="with --to-hf: of the tensors (default llada)"
+    )
+    parser.add_argument("--checkpoint", help="with --to-hf: checkpoint folder (default: the run's latest)")
+    parser.add_argument("--no-ema", action="store_true", help="with --to-hf: the plain weights")
 
 
 _FIT = "Fit L(N, D), iso-FLOP valleys and the frontier to finished runs; each uniform_ratio on its own."

@@ -342,3 +342,18 @@ def test_training_that_cannot_start_prints_its_message_alone(recipe: Path) -> No
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere.json: no such manifest")
     assert done.stderr.count("\n") == 1
+
+
+def test_options_of_convert_that_have_no_effect(small: Path, mistake: Mistake) -> None:
+    assert "one of the arguments --from-hf --to-hf is required" in mistake("convert", small)
+    for way, idle in (
+        ("--from-hf", ["--no-ema"]),
+        ("--from-hf", ["--names", "llama"]),
+        ("--from-hf", ["--checkpoint", "x"]),
+        ("--to-hf", ["--write-recipe"]),
+    ):
+        said = mistake("convert", small, way, "folder", *idle)
+        assert f"{idle[0]} has no effect with {way}; leave it out" in said
+    assert "folder: no such folder; download the model" in mistake(
+        "convert", small, "--from-hf", "folder", "train.init_from=x"
+    )

@@ -74,6 +74,16 @@ def find_latest(folder: Path) -> Path | None:
     return path
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether this folder is one, and not a folder of them."""
+    return (path / "metadata.json").is_file()
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """`path`, if it is a checkpoint; else the latest of the checkpoints in it, None where there is none."""
+    return path if is_checkpoint(path) else find_latest(path)
+
+
 def _read_latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
     if not pointer.exists():

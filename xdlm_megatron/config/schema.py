@@ -209,6 +209,8 @@ class Train:
     """Consecutive steps with a non-finite gradient that end the run."""
     spike_factor: PositiveFloat | None = 10.0
     """Report a loss not finite or this many robust deviations above the recent median; null: no reports."""
+    init_from: str | None = None
+    """Checkpoint (or a folder of them: its latest) whose weights a new run begins with; null: random ones."""
     stop_after_step: PositiveInt | None = None
     """Save and stop cleanly after this step; the schedule still aims at num_steps."""
 

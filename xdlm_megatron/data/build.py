@@ -103,8 +103,14 @@ def _check_manifest(data: Data, prefix: str) -> None:
         ("data.mask_id", data.mask_id, manifest.mask_id),
     ):
         if given != found:
+            rows = knob == "data.vocab_size" and given > found
             raise DataError(
                 f"{knob}={given} must be {found}, as {prefix}.json says; correct the recipe or the prefix"
+                + (
+                    f" (a model with more rows than tokens: preprocess with --vocab-size {given})"
+                    if rows
+                    else ""
+                )
             )
     tokenizer = Path(data.tokenizer)
     if not tokenizer.is_file():

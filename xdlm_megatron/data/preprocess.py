@@ -28,7 +28,8 @@ class PreprocessOptions(EncodeOptions):
     """inputs: files and globs; output: PREFIX of the files; workers: processes.
 
     valid_fraction: share of the documents that go to PREFIX_valid. min_tokens: a document with fewer (without
-    its end) is skipped. block_bytes: text that a worker takes at a time.
+    its end) is skipped. block_bytes: text that a worker takes at a time. vocab_size: states of the model, for
+    one whose embedding has more rows than the tokenizer has ids; None: the tokenizer's.
     """
 
     inputs: tuple[str, ...]
@@ -36,6 +37,7 @@ class PreprocessOptions(EncodeOptions):
     workers: int = 1
     overwrite: bool = False
     block_bytes: int = 2 << 20
+    vocab_size: int | None = None
 
 
 @dataclass
@@ -111,7 +113,7 @@ class _Writer:
             bytes_per_token=round(self.text_bytes / self.tokens, 4),
             tokenizer=tokenizer.name,
             tokenizer_sha256=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
+            vocab_size=options.vocab_size or tokenizer.vocab_size,
             mask_id=tokenizer.mask_id,
             eod_id=tokenizer.eod_id,
             append_eod=options.append_eod,
@@ -138,6 +140,11 @@ def preprocess(options: PreprocessOptions, progress: Callable[[Report], None] | 
         **{f.name: getattr(options, f.name) for f in dataclasses.fields(EncodeOptions)}
     )
     encoder = BlockEncoder(encode_options)  # here too: a wrong tokenizer must say so before workers start
+    if options.vocab_size is not None and options.vocab_size < encoder.tokenizer.vocab_size:
+        raise DataError(
+            f"vocab_size={options.vocab_size} must be at least {encoder.tokenizer.vocab_size}, the ids of "
+            f"{options.tokenizer}; leave it out, or give the rows of the model's embedding"
+        )
     prefixes = _prefixes(options)
     report = Report()
     parent = Path(options.output).parent

@@ -42,7 +42,10 @@ class Tokenizer(Protocol):
         """The text of the ids, as the tokenizer's library gives it."""
 
     def token_strings(self, ids: Iterable[int]) -> list[str]:
-        """One printable piece an id, blanks in place of the library's marks and MASK_GLYPH for the mask."""
+        """One printable piece an id, blanks in place of the library's marks and MASK_GLYPH for the mask.
+
+        An id that the file does not have, as embeddings may have rows without a token, comes as <id>.
+        """
 
 
 class _Spelled:
@@ -105,11 +108,17 @@ class SentencePieceTokenizer:
         return [self._spelled(ids) for ids in batch]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._model.decode([int(i) for i in ids]))
+        return str(self._model.decode([int(i) for i in ids if i < self.vocab_size]))
 
     def token_strings(self, ids: Iterable[int]) -> list[str]:
-        pieces = (MASK_GLYPH if i == self.mask_id else self._model.id_to_piece(int(i)) for i in ids)
-        return [piece.replace("▁", " ") for piece in pieces]
+        return [self._piece(int(i)) for i in ids]
+
+    def _piece(self, token_id: int) -> str:
+        if token_id == self.mask_id:
+            return MASK_GLYPH
+        if token_id >= self.vocab_size:
+            return f"<{token_id}>"
+        return str(self._model.id_to_piece(token_id)).replace("▁", " ")
 
 
 class HuggingFaceTokenizer:
@@ -161,7 +170,7 @@ class HuggingFaceTokenizer:
             return MASK_GLYPH
         token = self._model.id_to_token(token_id)
         if token is None:
-            raise IndexError(f"id {token_id} is not in {self.name}")
+            return f"<{token_id}>"
         if self._bytes is not None and all(c in self._bytes for c in token):
             return bytes(self._bytes[c] for c in token).decode("utf-8", errors="replace")
         return str(token).replace("▁", " ")

@@ -11,6 +11,7 @@ from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
     check_whole,
     find_latest,
+    is_checkpoint,
     load_checkpoint,
     load_plain_values,
 )
@@ -26,7 +27,7 @@ def choose_checkpoint(config: RunConfig, given: str | None) -> Path:
     """The checkpoint to read: the one given, or the run folder's latest. Raises CheckpointError."""
     if given is not None:
         path = Path(given)
-        if not (path / "metadata.json").is_file():
+        if not is_checkpoint(path):
             raise CheckpointError(
                 f"--checkpoint {given} is not a checkpoint folder; it is named like step_00001000"
             )
@@ -50,10 +51,12 @@ def restore_model(
     """
     check_whole(path, mesh)
     plain = load_plain_values(path)
-    _check_same_model(config, plain["recipe"], path)
+    # What was converted from another format was trained with no noise of ours.
+    sections = ("model",) if "converted_from" in plain else ("model", "diffusion")
+    _check_same_model(config, plain["recipe"], path, sections)
     if use_ema and "ema_updates" not in plain:
-        raise CheckpointError(f"{path} holds no averaged weights (optimizer.ema_decay was 0); add --no-ema")
-    chunks = build_model(config, mesh)
+        raise CheckpointError(f"{path} holds no averaged weights; add --no-ema")
+    chunks = build_model(config, mesh, draw_weights=False)
     bare = [unwrap(chunk) for chunk in chunks]
     state = model_state(bare, mesh.groups)
     if use_ema:
@@ -66,10 +69,10 @@ def restore_model(
     return chunks, plain["train_state"]["step"]
 
 
-def _check_same_model(config: RunConfig, saved: dict, path: Path) -> None:
+def _check_same_model(config: RunConfig, saved: dict, path: Path, sections: tuple[str, ...]) -> None:
     """Refuses another model or another noise. A knob that the checkpoint does not know yet had no effect."""
     now = to_tree(config)
-    names = [(section, name) for section in ("model", "diffusion") for name in now[section]]
+    names = [(section, name) for section in sections for name in now[section]]
     for section, name in [*names, ("data", "vocab_size"), ("data", "mask_id")]:
         if name in saved[section] and saved[section][name] != now[section][name]:
             raise CheckpointError(

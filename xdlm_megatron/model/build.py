@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -27,12 +29,20 @@ class HalfPrecision(Float16Module):
         return super().forward(*inputs, fp32_output=False)
 
 
-def build_model(config: RunConfig, mesh: Mesh) -> list[MegatronModule]:
-    """This process's pipeline chunks, initialised, in the recipe's precision; not wrapped for training."""
-    transformer = build_transformer_config(config.model, config.parallel, config.precision)
+def build_model(config: RunConfig, mesh: Mesh, draw_weights: bool = True) -> list[MegatronModule]:
+    """This process's pipeline chunks, in the recipe's precision; not wrapped for training.
+
+    draw_weights: initialise them; else memory holds what it held, for a caller that fills every parameter.
+    """
+    model = config.model
+    if not draw_weights:
+        model = dataclasses.replace(model, mcore={**model.mcore, "perform_initialization": False})
+    transformer = build_transformer_config(model, config.parallel, config.precision)
     # Upstream's constructors draw from generators; init_weights replaces what they drew.
     seed_model_parallel_rng(config.run.seed)
-    chunks = [_build_chunk(config, transformer, mesh, index) for index in range(mesh.num_chunks)]
+    chunks = [
+        _build_chunk(config, transformer, mesh, index, draw_weights) for index in range(mesh.num_chunks)
+    ]
     if transformer.bf16:
         return [HalfPrecision(transformer, chunk) for chunk in chunks]
     return list(chunks)
@@ -60,7 +70,9 @@ def unwrap(chunk: MegatronModule) -> DiffusionLM:
     return chunk
 
 
-def _build_chunk(config: RunConfig, transformer: TransformerConfig, mesh: Mesh, index: int) -> DiffusionLM:
+def _build_chunk(
+    config: RunConfig, transformer: TransformerConfig, mesh: Mesh, index: int, draw_weights: bool
+) -> DiffusionLM:
     chunk_index = index if mesh.virtual_pipeline_size else None
     chunk = DiffusionLM(
         transformer,
@@ -74,13 +86,14 @@ def _build_chunk(config: RunConfig, transformer: TransformerConfig, mesh: Mesh, 
         share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
         rotary_base=config.model.rotary_base,
     )
-    tied = config.model.share_embeddings_and_output_weights
-    init_weights(
-        chunk,
-        seed=config.run.seed,
-        vocab_size=config.data.vocab_size,
-        zero_head=config.model.zero_init_head and not tied,
-    )
+    if draw_weights:
+        tied = config.model.share_embeddings_and_output_weights
+        init_weights(
+            chunk,
+            seed=config.run.seed,
+            vocab_size=config.data.vocab_size,
+            zero_head=config.model.zero_init_head and not tied,
+        )
     for parameter in chunk.parameters():
         tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     return chunk.to(mesh.device) if mesh.device != torch.device("cpu") else chunk

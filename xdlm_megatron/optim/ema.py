@@ -54,6 +54,13 @@ class Ema:
         return sum(shard.average.nbytes for shard in self._shards.values())
 
     @torch.no_grad()
+    def restart(self) -> None:
+        """Begins anew from the weights as they are."""
+        self.num_updates = 0
+        for shard in self._shards.values():
+            shard.average.copy_(shard.main.detach().view(-1))
+
+    @torch.no_grad()
     def update(self) -> None:
         """Takes in the weights after an optimizer step."""
         self.num_updates += 1

@@ -31,6 +31,7 @@ FIXED_FIELDS = (
     "train.num_steps",
     "train.global_batch_size",
     "train.rampup_batch_size",
+    "train.init_from",
 )
 # Where the same data lies (`check_same_data` looks at what it is), how its vocabulary is padded, and what of
 # Megatron's fields decides memory, kernels and messages alone may change with the machine or the layout.
@@ -60,6 +61,13 @@ FREE_FIELDS = (
             "microbatch_group_size_per_vp_stage",
         )
     ),
+)
+# Of `model`, how it learns: a run with other values may begin with its weights.
+LEARNING_FIELDS = (
+    "model.hidden_dropout",
+    "model.attention_dropout",
+    "model.init_method_std",
+    "model.zero_init_head",
 )
 
 
@@ -95,7 +103,7 @@ def check_same_experiment(folder: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: maths, model, data or seed differ; names each field with both values.
     """
-    before, now = _flat(load_recipe(folder / RECIPE)), _flat(config)
+    before, now = _flat(to_tree(load_recipe(folder / RECIPE))), _flat(to_tree(config))
     changed = [
         f"  {name}: was {before.get(name)!r}, now {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -108,6 +116,28 @@ def check_same_experiment(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             "\n".join([f"{folder}: the recipe is not the one this run began with; {cure}", *changed])
         )
+
+
+def check_same_network(config: RunConfig, saved: dict[str, Any], path: Path) -> None:
+    """Compares the network with that of a checkpoint to begin from. Its noise, data and training are its own.
+
+    saved: the recipe in the checkpoint `path`.
+
+    Raises:
+        ConfigError: it computes something else; names each field with both values.
+    """
+    before, now = _flat(saved), _flat(to_tree(config))
+    changed = [
+        f"  {name}: there {before.get(name)!r}, in the recipe {now.get(name)!r}"
+        for name in sorted(before.keys() | now.keys())
+        if before.get(name) != now.get(name)
+        and name not in FREE_FIELDS
+        and name not in LEARNING_FIELDS
+        and (name.startswith("model.") or name in ("data.vocab_size", "data.mask_id"))
+    ]
+    if changed:
+        cure = "correct the recipe, or name another checkpoint"
+        raise ConfigError("\n".join([f"train.init_from: {path} is of another network; {cure}", *changed]))
 
 
 def check_same_data(folder: Path, config: RunConfig) -> None:
@@ -189,7 +219,7 @@ def _show(data: dict[str, Any] | None) -> str:
     return f"{data['prefix']} (sha256 of {sums})"
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
     """Fields by dotted name; an empty section has none."""
     flat: dict[str, Any] = {}
 
@@ -200,5 +230,5 @@ def _flat(config: RunConfig) -> dict[str, Any]:
         else:
             flat[prefix] = value
 
-    walk("", to_tree(config))
+    walk("", tree)
     return flat

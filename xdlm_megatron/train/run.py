@@ -13,10 +13,13 @@ from megatron.core.transformer.module import MegatronModule
 from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
 from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
+    check_whole,
     choose_start,
+    find_checkpoint,
     load_checkpoint,
     load_plain_values,
 )
+from xdlm_megatron.checkpoint.summary import read_plain_values
 from xdlm_megatron.checkpoint.writer import CheckpointWriter
 from xdlm_megatron.config.derive import Derived, derive, keeps_documents_apart, run_folder
 from xdlm_megatron.config.load import to_tree
@@ -50,6 +53,7 @@ from xdlm_megatron.train.provenance import (
     RECIPE,
     check_same_data,
     check_same_experiment,
+    check_same_network,
     record_start,
     write_data,
     write_recipe,
@@ -93,6 +97,17 @@ class Run:
         if self.step.ema is not None:
             self.step.ema.load(values["ema"], values["ema_updates"])
         return TrainState.from_dict(values["train_state"])
+
+    def load_weights(self, path: Path) -> None:
+        """Takes the model's weights alone; master weights and averages begin with them."""
+        check_whole(path, self.mesh)
+        chunks = [unwrap(chunk) for chunk in self.chunks]
+        values = load_checkpoint(path, model_state(chunks, self.mesh.groups), self.mesh)
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(values[f"model{index}"])
+        self.step.optimizer.reload_model_params()
+        if self.step.ema is not None:
+            self.step.ema.restart()
 
     def _sharded_state(self, is_loading: bool) -> dict:
         groups = self.mesh.groups
@@ -185,7 +200,10 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         stack.enter_context(failures_explained(progress))  # and once more inside, before the mesh closes
         start = _choose_start(config, mesh, resume, allow_fallback)
         progress.folder = folder
-        progress.doing = "start" if start is None else f"load of {start}"
+        initial = _find_initial(config) if start is None else None
+        progress.doing = f"load of {start or initial}" if start or initial else "start"
+        if initial is not None:
+            run.load_weights(initial)
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
         on_main_in(folder, mesh, lambda: _prepare_folder(run, state))
@@ -231,6 +249,8 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
     config, derived = run.config, run.derived
     parallel = config.parallel
     start = f"resumes at step {state.step}" if state.step else "starts"
+    if not state.step and config.train.init_from is not None:
+        start += f" from the weights in {config.train.init_from}"
     attention = core_attention(DTYPES[config.precision.dtype], keeps_documents_apart(config.data))
     return "\n".join(
         [
@@ -259,6 +279,22 @@ def _check_folder(config: RunConfig, resume: bool) -> None:
     if resume:
         check_same_experiment(folder, config)
         check_same_data(folder, config)
+    else:
+        _find_initial(config)
+
+
+def _find_initial(config: RunConfig) -> Path | None:
+    """The checkpoint whose weights a new run begins with. Raises CheckpointError and ConfigError."""
+    if config.train.init_from is None:
+        return None
+    path = find_checkpoint(Path(config.train.init_from))
+    if path is None:
+        raise CheckpointError(
+            f"train.init_from={config.train.init_from} holds no checkpoint; make one by `convert RECIPE "
+            "--from-hf FOLDER`, or name a run's folder checkpoints"
+        )
+    check_same_network(config, read_plain_values(path)["recipe"], path)
+    return path
 
 
 def _choose_start(config: RunConfig, mesh: Mesh, resume: bool, allow_fallback: bool) -> Path | None:

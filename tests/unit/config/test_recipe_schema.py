@@ -13,7 +13,7 @@ from typing import Any, Literal
 import pytest
 
 from xdlm_megatron.config import schema
-from xdlm_megatron.config.derive import derive, model_parallel_size
+from xdlm_megatron.config.derive import derive, model_parallel_size, num_parameters, padded_vocab_size
 from xdlm_megatron.config.load import ConfigError, build_config, dump_recipe, load_recipe
 from xdlm_megatron.config.schema import RunConfig
 
@@ -197,3 +197,10 @@ def test_every_example_loads(path: Path) -> None:
 
 def test_there_are_examples() -> None:
     assert EXAMPLES
+
+
+def test_llada_has_the_published_number_of_parameters() -> None:
+    """Half the total_size, in bfloat16, of the index of GSAI-ML/LLaDA-8B-Base's weights."""
+    config = load_recipe(next(path for path in EXAMPLES if path.stem == "llada_8b_cpt"))
+    assert num_parameters(config) == 16_031_162_368 // 2
+    assert padded_vocab_size(config) == config.data.vocab_size

@@ -61,6 +61,23 @@ def hf_plain_mask_path(texts: list[str], tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def llada_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Special tokens at the ids of LLaDA's tokenizer.json, 126080 to 126348; 256 of the others are bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = [*alphabet, *(f"unused{n}" for n in range(126_080 - len(alphabet)))]
+    model = tokenizers.Tokenizer(models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[]))
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    special = ["<|startoftext|>", "<|endoftext|>", "[CLS]", "[gMASK]"]
+    special += [f"<|reserved_token_{n}|>" for n in range(265)]
+    special[126_336 - 126_080] = "<|mdm_mask|>"
+    model.add_special_tokens(special)
+    path = tmp_path_factory.mktemp("llada") / "tokenizer.json"
+    model.save(str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
 def hf_words_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Whole words split at blanks; [MASK] is a word like the others, and no end of document."""
     path = tmp_path_factory.mktemp("words") / "tokenizer.json"

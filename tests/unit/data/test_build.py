@@ -76,7 +76,8 @@ def test_the_recipe_reaches_noise_schedule_and_times(tiny_recipe: dict) -> None:
 def test_another_vocabulary_is_refused(build: Any, tiny_recipe: dict) -> None:
     size, mask_id = tiny_recipe["data"]["vocab_size"], tiny_recipe["data"]["mask_id"]
     with pytest.raises(
-        DataError, match=rf"data.vocab_size={size + 1} must be {size}, .*; correct the recipe"
+        DataError,
+        match=rf"data.vocab_size={size + 1} must be {size}, .*; correct.*--vocab-size {size + 1}\)",
     ):
         build(config_with(tiny_recipe, data={"vocab_size": size + 1}), CPU)
     with pytest.raises(

@@ -147,6 +147,7 @@ def test_overwrite(options: PreprocessOptions, texts: list[str], tmp_path: Path)
         ({"output": "data/x.bin"}, r"output data/x\.bin must be a path without \.bin"),
         ({"tokenizer": "none.model"}, r"none\.model: no such file"),
         ({"inputs": ("none.jsonl",)}, r"none\.jsonl: no such file"),
+        ({"vocab_size": 511}, r"vocab_size=511 must be at least 512, the ids of .*; leave it out"),
     ],
 )
 def test_options_that_make_no_dataset(
@@ -196,3 +197,16 @@ def test_prompts_are_sequences_of_their_own(
         "'question' is not a string": 1,
         "plain text, which has no 'question'": 1,
     }
+
+
+def test_a_model_may_have_more_rows_than_the_tokenizer_ids(
+    options: PreprocessOptions, llada_path: Path
+) -> None:
+    prefix = made(options, tokenizer=str(llada_path), vocab_size=126_464)
+    manifest = load_manifest(prefix)
+    assert (manifest.vocab_size, manifest.mask_id, manifest.eod_id) == (126_464, 126_336, 126_081)
+    assert manifest.dtype == "int32"
+    ids = np.concatenate(documents(prefix))
+    assert (ids == 126_081).sum() == manifest.documents
+    assert (ids != 126_336).all()
+    assert ids.max() == 126_081

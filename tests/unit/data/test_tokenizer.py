@@ -112,6 +112,23 @@ def test_ids_and_fingerprint(sp_path: Path, hf_path: Path) -> None:
     assert sp.fingerprint == hashlib.sha256(sp_path.read_bytes()).hexdigest()
 
 
+def test_lladas_special_tokens(llada_path: Path) -> None:
+    tokenizer = load_tokenizer(llada_path)
+    assert (tokenizer.vocab_size, tokenizer.mask_id, tokenizer.eod_id) == (126_349, 126_336, 126_081)
+    text = "a<|mdm_mask|>b<|endoftext|>[gMASK]<|reserved_token_3|>"
+    assert max(tokenizer.encode(text)) < 256
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_rows_without_a_token_are_shown(llada_path: Path, sp_path: Path) -> None:
+    """Noise that is uniform over an embedding's rows makes ids that the tokenizer does not have."""
+    for path, row in ((llada_path, 126_463), (sp_path, 512)):
+        tokenizer = load_tokenizer(path)
+        ids = tokenizer.encode("king")
+        assert tokenizer.token_strings([*ids, row, tokenizer.mask_id])[-2:] == [f"<{row}>", MASK_GLYPH]
+        assert tokenizer.decode([*ids, row]) == "king"
+
+
 def test_token_strings_show_blanks_and_masks(tokenizer: Tokenizer) -> None:
     text = "O that this\n  too too solid flesh"
     ids = tokenizer.encode(text)
