@@ -94,9 +94,10 @@ def _train(options: argparse.Namespace) -> int:
 def _evaluate(options: argparse.Namespace) -> int:
     config = _load(options)
     import xdlm_megatron.parallel  # noqa: F401
-    from xdlm_megatron.evaluation.run import evaluate
+    from xdlm_megatron.evaluation.evaluate import EvaluateOptions, evaluate
 
-    evaluate(config, checkpoint=options.checkpoint, use_ema=not options.no_ema)
+    wanted = EvaluateOptions(discrete_steps=options.discrete_steps)
+    evaluate(config, wanted, checkpoint=options.checkpoint, use_ema=not options.no_ema)
     return 0
 
 
@@ -255,14 +256,13 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     for name, run, summary in (
-        ("evaluate", _evaluate, "held-out negative ELBO of a trained run"),
+        ("evaluate", _evaluate, "bounds on the held-out likelihood of a trained run"),
         ("sample", _sample, "text from a trained run"),
     ):
         added = verb(name, run, summary)
         added.add_argument("--checkpoint", help="checkpoint folder (default: the run folder's latest)")
         added.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
-        if name == "sample":
-            _add_sample_options(added)
+        (_add_evaluate_options if name == "evaluate" else _add_sample_options)(added)
     _add_convert_options(verb("convert", _convert, "weights from or to a Hugging Face folder"))
     plan = verb("plan", _plan, "memory, time and the best layout of a recipe on a cluster")
     plan.add_argument("--gpu", default="h100", help="GPU type (default h100); an unknown one lists them")
@@ -316,6 +316,15 @@ def _add_fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=_SEED, default=0, help="of the bootstrap (default 0)")
     parser.add_argument(
         "--flops", type=_FLOPS, nargs="+", default=[], help="further budgets to predict N, D and loss at"
+    )
+
+
+def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--discrete-steps",
+        type=_COUNT,
+        metavar="T",
+        help="also the exact bound of the chain that T sampling steps and the noise removal make",
     )
 
 

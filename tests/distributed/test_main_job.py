@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,30 @@ def test_evaluate_on_one_process_repeats_what_training_saw(trained: tuple[Path, 
     assert "plain weights" in launch(1, "evaluate", recipe, ["--no-ema"])
     plain = json.loads((run / "evaluations/step_00000020-plain.json").read_text())
     assert plain["nelbo_per_token"] != record["nelbo_per_token"]
+
+
+def test_bounds_do_not_depend_on_the_layout(trained: tuple[Path, Path]) -> None:
+    """Two processes each way; every figure of the record, to the rounding of float32."""
+    recipe, run = trained
+    path, records = run / "evaluations/step_00000020-ema.json", []
+    for num_processes, layout in ((1, []), (2, []), (2, [TP]), (2, [PP]), (2, [CP])):
+        path.unlink(missing_ok=True)
+        output = launch(num_processes, "evaluate", recipe, [*layout, "--discrete-steps", "8"])
+        assert "bound of 8 sampling steps" in output
+        records.append(json.loads(path.read_text()))
+    for record in records:
+        assert len(record.pop("checkpoint_hash")) == 32
+        assert record["bound"]["parts"]["prior"]["standard_error"] == 0
+    flat = [dict(_leaves(record)) for record in records]
+    assert all(each == pytest.approx(flat[0], rel=2e-5, abs=1e-7) for each in flat[1:])
+
+
+def _leaves(tree: dict, above: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{above}{name}.")
+        elif isinstance(value, float):
+            yield f"{above}{name}", value
 
 
 def test_samples_do_not_depend_on_the_layout(trained: tuple[Path, Path]) -> None:

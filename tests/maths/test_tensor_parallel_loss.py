@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from xdlm_megatron.diffusion.nelbo import nelbo_density
+from xdlm_megatron.diffusion.nelbo import finite_step_kl, nelbo_density
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.step_kl import vocab_parallel_step_kl
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 
 WORLD = 4
@@ -72,6 +73,20 @@ def check(tp, rank, group, shape, k, dtype, transposed, in_place):
         assert all(torch.equal(other, everyone[0]) for other in everyone), "ranks disagree in the last bits"
 
 
+def check_step_kl(tp, rank, group, shape, k, dtype):
+    """Steps of every size, the last one (alpha_s = 1) among them; float64 logits agree to the last digits."""
+    logits, zt, x0, alpha, *_, noise, _ = case(*shape, k, dtype)
+    alpha_t = alpha[:, None].expand(zt.shape)
+    size = torch.tensor([1.0, 0.5, 1e-4, 0.0, 1e-2], dtype=torch.float64)
+    alpha_s = alpha_t + (1 - alpha_t) * size.repeat(zt.shape[1])[: zt.shape[1]].clamp_min(1e-5)
+    want = finite_step_kl(logits.double(), zt, x0, alpha_s, alpha_t, noise)
+    P = logits.shape[-1] // tp
+    local = logits[..., rank * P : (rank + 1) * P].transpose(0, 1).contiguous().transpose(0, 1)
+    got = vocab_parallel_step_kl(local, zt, x0, alpha_s, alpha_t, noise, group=group)
+    error = ((got - want).abs() / (want.abs() + 1e-3 * (alpha_s - alpha_t) / (1 - alpha_t))).max()
+    assert error < {torch.float64: 1e-9, torch.float32: 1e-3}[dtype], (error, tp, shape, k, dtype)
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -83,6 +98,8 @@ def run_rank(rank, folder):
                 for k in (0.0, 0.1, 1.0):
                     for dtype in LOSS_TOLERANCE:
                         check(tp, tp_rank, group, shape, k, dtype, transposed=False, in_place=False)
+                    for dtype in (torch.float32, torch.float64):
+                        check_step_kl(tp, tp_rank, group, shape, k, dtype)
                     check(tp, tp_rank, group, shape, k, torch.float32, transposed=True, in_place=True)
                     check(tp, tp_rank, group, shape, k, torch.bfloat16, transposed=True, in_place=False)
                     check(tp, tp_rank, group, shape, k, torch.bfloat16, transposed=False, in_place=True)

@@ -41,6 +41,14 @@ def write_manifest(folder: Path, known: Mapping[str, dict[str, int | str]] = Map
     (folder / MANIFEST).write_text(json.dumps({"checksum": CHECKSUM, "files": files}, indent=1) + "\n")
 
 
+def fingerprint(folder: Path) -> str | None:
+    """blake2b-128 of the manifest, hexadecimal: stands for all of a checkpoint's bytes. None without one."""
+    try:
+        return hashlib.blake2b((folder / MANIFEST).read_bytes(), digest_size=16).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
 def find_damage(folder: Path) -> str | None:
     """The first file that is not as the manifest says, as "file: what is wrong"; None for a whole checkpoint.
 

@@ -45,6 +45,16 @@ class Batch:
     document_BT: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Clean:
+    """A micro-batch before its noise: sample ids id_B int64, the rest as in Batch."""
+
+    id_B: Tensor
+    x0_BS: Tensor
+    scored_BS: Tensor
+    document_BT: Tensor | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class DocumentRules:
     """Which positions of a sample the model reads as one text, and which are noised and scored.
@@ -81,29 +91,38 @@ class NoisedSamples:
 
     def build(self, sample_ids: NDArray[np.int64], slots: NDArray[np.int64], batch_size: int) -> Batch:
         """The micro-batch of `sample_ids`, which stand at `slots` of a global batch of `batch_size`."""
-        time_stream, noise_stream = self.streams
-        rows, here = self.index.rows(sample_ids), (slice(None), self.positions)
-        x0_BS = self._stack([self.dataset[int(row)] for row in rows])[here]
-        id_B, slot_B = self._stack(sample_ids), self._stack(slots)
-        document_BT = self._documents(rows, sample_ids)
-        t_B = stratified_t((self.seed, time_stream), id_B, slot_B, batch_size, self.t_min)
-        t_BS = t_B[:, None].expand(x0_BS.shape)
-        if document_BT is not None and self.rules.time_per_document:
-            t_BS = document_t(t_B, document_BT[here], self.t_min)
+        clean = self.clean(sample_ids)
+        slot_B = self._stack(slots)
+        t_B = stratified_t((self.seed, self.streams[0]), clean.id_B, slot_B, batch_size, self.t_min)
+        t_BS = t_B[:, None].expand(clean.x0_BS.shape)
+        if clean.document_BT is not None and self.rules.time_per_document:
+            t_BS = document_t(t_B, clean.document_BT[:, self.positions], self.t_min)
         alpha_BS, dalpha_BS = self.schedule.alpha(t_BS), self.schedule.dalpha(t_BS)
-        position_S = torch.arange(self.dataset.seq_length, device=self.device)[self.positions]
-        zt_BS = self.noise.corrupt(x0_BS, alpha_BS, (self.seed, noise_stream), (id_B[:, None], position_S))
-        scored_BS = self._scored(rows, x0_BS, document_BT)
         return Batch(
-            x0_BS,
-            torch.where(scored_BS, zt_BS, x0_BS),
+            clean.x0_BS,
+            self.corrupt(clean, alpha_BS, self.streams[1]),
             t_BS,
             alpha_BS,
             self.schedule.beta(t_BS),
-            torch.where(scored_BS, dalpha_BS, 0.0),
-            scored_BS,
-            document_BT,
+            torch.where(clean.scored_BS, dalpha_BS, 0.0),
+            clean.scored_BS,
+            clean.document_BT,
         )
+
+    def clean(self, sample_ids: NDArray[np.int64]) -> Clean:
+        """What the samples are before any noise."""
+        rows = self.index.rows(sample_ids)
+        x0_BS = self._stack([self.dataset[int(row)] for row in rows])[:, self.positions]
+        document_BT = self._documents(rows, sample_ids)
+        scored_BS = self._scored(rows, x0_BS, document_BT)
+        return Clean(self._stack(sample_ids), x0_BS, scored_BS, document_BT)
+
+    def corrupt(self, clean: Clean, alpha_BS: Tensor, stream: Stream) -> Tensor:
+        """z_t [B, S] at the signal alpha_BS, by the noise of a stream; what is not scored keeps x0."""
+        position_S = torch.arange(self.dataset.seq_length, device=self.device)[self.positions]
+        counter = (clean.id_B[:, None], position_S)
+        zt_BS = self.noise.corrupt(clean.x0_BS, alpha_BS, (self.seed, stream), counter)
+        return torch.where(clean.scored_BS, zt_BS, clean.x0_BS)
 
     def _documents(self, rows: NDArray[np.int64], sample_ids: NDArray[np.int64]) -> Tensor | None:
         """[B, T] numbers of documents that attention keeps apart; None where it sees all of every sample."""

@@ -70,18 +70,38 @@ def finite_step_kl(
     """
     log_p_BSV = log_probabilities(logits_BSV, noise)
     alpha_s, alpha_t = per_token(alpha_s_B, log_p_BSV.dtype), per_token(alpha_t_B, log_p_BSV.dtype)
+    log_px_BS, p_BSV = gather(log_p_BSV, x0_BS), log_p_BSV.exp()
+    c_s = noise.floor(alpha_s, 1 - alpha_s)
+    T_BS = _others_log1p(p_BSV, x0_BS, torch.where(c_s > 0, c_s, 1.0))
+    p_z_BS, rest_BS = gather(p_BSV, zt_BS), -torch.expm1(log_px_BS)
+    return step_kl_from_scalars(log_px_BS, rest_BS, p_z_BS, T_BS, zt_BS, x0_BS, alpha_s, alpha_t, noise)
+
+
+def step_kl_from_scalars(
+    log_px_BS: Tensor,
+    rest_BS: Tensor,
+    p_z_BS: Tensor,
+    T_BS: Tensor,
+    zt_BS: Tensor,
+    x0_BS: Tensor,
+    alpha_s: Tensor,
+    alpha_t: Tensor,
+    noise: StationaryNoise,
+) -> Tensor:
+    """finite_step_kl from four numbers a token: log p_x, 1 - p_x, p_z and T = sum over e != x of
+    log1p(p_e / c_s).
+
+    T does not count where alpha_s = 1, nor at k = 0, which needs log p_x alone.
+    """
     beta_s, beta_t, step = 1 - alpha_s, 1 - alpha_t, alpha_s - alpha_t
-    log_px_BS = gather(log_p_BSV, x0_BS)
     masked_BS, same_BS = noise.is_mask(zt_BS), zt_BS == x0_BS
     if noise.uniform_ratio == 0:
         return torch.where(masked_BS, -step / beta_t * log_px_BS, 0.0)
     c_s, c_t = noise.floor(alpha_s, beta_s), noise.floor(alpha_t, beta_t)
-    p_BSV = log_p_BSV.exp()
-    p_z_BS, rest_BS = gather(p_BSV, zt_BS), -torch.expm1(log_px_BS)
     # log(p_x + c_s) stays finite where p_x underflows and c_s is 0 (the last step)
     log_fs_BS = torch.logaddexp(log_px_BS, c_s.log().expand_as(log_px_BS))
     B_s = (1 + c_s) * softplus(rest_BS.log() - log_fs_BS, threshold=50)
-    B_s = B_s - torch.where(c_s > 0, c_s * _others_log1p(p_BSV, x0_BS, torch.where(c_s > 0, c_s, 1.0)), 0.0)
+    B_s = B_s - torch.where(c_s > 0, c_s * T_BS, 0.0)
     rho, tau = noise.uniform_ratio / noise.vocab_size / (alpha_t * (1 + c_t)), (1 + c_s) / (1 + c_t)
     log_odds_BS = (step * rho / alpha_s).log() + rest_BS.log() - log_fs_BS
     same_kl = tau * softplus(log_odds_BS, threshold=50)

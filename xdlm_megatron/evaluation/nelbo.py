@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import Batch, NoisedSamples
 from xdlm_megatron.data.build import build_valid_samples
 from xdlm_megatron.data.indexed import load_manifest
-from xdlm_megatron.data.sampler import micro_batch_slots
+from xdlm_megatron.evaluation.rounds import Rounds
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
-from xdlm_megatron.parallel.schedule import run_schedule
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, both in nats per token unless said otherwise."""
+
+    mean: float
+    standard_error: float
 
 
 @dataclass(frozen=True)
@@ -37,81 +42,85 @@ class NelboResult:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.nelbo_per_token) if self.nelbo_per_token < 700 else math.inf
+        return perplexity(self.nelbo_per_token)
 
 
 @dataclass(frozen=True)
 class NelboEvaluator:
-    """Evaluates the first `num_sequences` held-out samples, each at `num_noise_draws` times."""
+    """Evaluates the first `num_sequences` held-out samples, each at `num_noise_draws` times.
+
+    label: of a progress bar; None: none.
+    """
 
     config: RunConfig
     mesh: Mesh
     samples: NoisedSamples
     objective: Objective
     bytes_per_token: float | None
+    label: str | None = None
 
     @property
     def num_sequences(self) -> int:
         return self.samples.index.num_samples
 
+    @property
+    def num_rows(self) -> int:
+        """A row is a sequence under one draw of noise; those of draw d come after those of draw d - 1."""
+        return self.num_sequences * self.config.evaluation.num_noise_draws
+
     def __call__(self, chunks: list[Any]) -> NelboResult:
         """All processes call it; all get the result. The chunks come back in the mode they were in."""
-        mesh, micro_batch_size = self.mesh, self.config.train.micro_batch_size
-        total = self.num_sequences * self.config.evaluation.num_noise_draws
-        # (nats, tokens) of every sequence, filled by the ranks that saw it, then summed over all.
-        sums = torch.zeros(2, total, dtype=torch.float64, device=mesh.device)
-        per_round = micro_batch_size * mesh.data_parallel_size
-        num_microbatches = math.ceil(total / per_round)
-        num_microbatches += -num_microbatches % mesh.groups.pp.size()  # what interleaving asks for
-        modes = [chunk.training for chunk in chunks]
-        for chunk in chunks:
-            chunk.eval()
-        with torch.no_grad():
-            outputs = run_schedule(
-                self.objective.forward_step,
-                chunks,
-                batches=lambda: self._batches(total, num_microbatches),
-                num_microbatches=num_microbatches,
-                micro_batch_size=micro_batch_size,
-                seq_length=self.config.data.seq_length,
-                forward_only=True,
-            )
-        for chunk, mode in zip(chunks, modes, strict=True):
-            chunk.train(mode)
-        if mesh.is_loss_rank:
-            for index, output in enumerate(outputs):
-                slots = self._slots(index)
-                wanted = torch.from_numpy(slots < total)
-                for row, name in enumerate(("nelbo_per_sequence", "tokens_per_sequence")):
-                    sums[row, torch.from_numpy(slots)[wanted]] += output[name][wanted].double()
-        return self._result(*mesh.reduce_sum(sums))
+        return self.result(self.rows(chunks))
 
-    def _slots(self, index: int) -> np.ndarray:
-        train, mesh = self.config.train, self.mesh
-        return micro_batch_slots(
-            index, train.micro_batch_size, mesh.data_parallel_rank, mesh.data_parallel_size
-        )
+    def rounds(self, chunks: list[Any]) -> Rounds:
+        size, length = self.config.train.micro_batch_size, self.config.data.seq_length
+        return Rounds(self.mesh, chunks, size, length, self.label)
 
-    def _batches(self, total: int, num_microbatches: int) -> Iterator[Batch]:
-        for index in range(num_microbatches):
-            slots = self._slots(index) % total  # the last round wraps around; what is over is not counted
-            yield self.samples.build(slots, slots, total)
+    def rows(self, chunks: list[Any]) -> dict[str, Tensor]:
+        """What the objective reports of each row, {name: [num_rows, ...]}."""
 
-    def _result(self, nats: Tensor, tokens: Tensor) -> NelboResult:
-        mean = (nats.sum() / tokens.sum()).item()
-        # What a sequence adds to the error of a ratio of sums; of a mean, where all are full.
-        deviation = (nats - mean * tokens) / tokens.mean()
-        per_sequence = deviation.view(self.config.evaluation.num_noise_draws, -1).mean(dim=0)
-        bits = mean / (self.bytes_per_token * math.log(2)) if self.bytes_per_token else None
-        return NelboResult(mean, standard_error(per_sequence), bits, self.num_sequences, int(tokens.sum()))
+        def build(rows: NDArray[np.int64]) -> Batch:
+            return self.samples.build(rows, rows, self.num_rows)
+
+        rounds = self.rounds(chunks)
+        return rounds.sums(self.objective.forward_step, build, self.num_rows, self.objective.reports)
+
+    def result(self, rows: dict[str, Tensor]) -> NelboResult:
+        tokens_N = self.per_sequence(rows["tokens_per_sequence"])
+        found = ratio(self.per_sequence(rows["nelbo_per_sequence"]), tokens_N)
+        bits = bits_per_byte(found.mean, self.bytes_per_token)
+        num_tokens = int(rows["tokens_per_sequence"].sum())
+        return NelboResult(*found, bits, self.num_sequences, num_tokens)
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """[num_rows] -> [num_sequences], the mean over draws."""
+        return values.view(-1, self.num_sequences).mean(dim=0)
 
 
-def build_evaluator(config: RunConfig, mesh: Mesh, objective: Objective) -> NelboEvaluator:
+def build_evaluator(
+    config: RunConfig, mesh: Mesh, objective: Objective, label: str | None = None
+) -> NelboEvaluator:
     """The recipe's held-out evaluation. Raises DataError where data.valid_prefix is missing or unfit."""
     samples = build_valid_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
     manifest = load_manifest(str(config.data.valid_prefix))
     bytes_per_token = manifest.scored_bytes_per_token(config.data.clean_prompts)
-    return NelboEvaluator(config, mesh, samples, objective, bytes_per_token)
+    return NelboEvaluator(config, mesh, samples, objective, bytes_per_token, label)
+
+
+def ratio(nats_N: Tensor, tokens_N: Tensor) -> Estimate:
+    """Nats per token over sequences, a ratio of sums. Its error is that of the residuals, which say what a
+    sequence adds to it.
+    """
+    mean = (nats_N.sum() / tokens_N.sum()).item()
+    return Estimate(mean, standard_error((nats_N - mean * tokens_N) / tokens_N.mean()))
+
+
+def perplexity(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def bits_per_byte(nats: float, bytes_per_token: float | None) -> float | None:
+    return nats / (bytes_per_token * math.log(2)) if bytes_per_token else None
 
 
 def standard_error(values_N: Tensor) -> float:

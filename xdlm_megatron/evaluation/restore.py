@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron.core.transformer.module import MegatronModule
@@ -15,12 +17,12 @@ from xdlm_megatron.checkpoint.reader import (
     load_checkpoint,
     load_plain_values,
 )
-from xdlm_megatron.config.derive import run_folder
+from xdlm_megatron.config.derive import derive, run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.model.build import build_model, unwrap
 from xdlm_megatron.optim.ema import load_into_parameters
-from xdlm_megatron.parallel.mesh import Mesh
+from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 
 
 def choose_checkpoint(config: RunConfig, given: str | None) -> Path:
@@ -38,6 +40,22 @@ def choose_checkpoint(config: RunConfig, given: str | None) -> Path:
             f"{run_folder(config)} has no checkpoint yet; train first, or give --checkpoint"
         )
     return latest
+
+
+def which_weights(use_ema: bool) -> str:
+    """For a reader."""
+    return "averaged weights" if use_ema else "plain weights"
+
+
+@contextmanager
+def restored(
+    config: RunConfig, path: Path, use_ema: bool
+) -> Iterator[tuple[Mesh, list[MegatronModule], int]]:
+    """The recipe's processes with the checkpoint's model: mesh, chunks and step. Errors of restore_model."""
+    with open_mesh_for(config.parallel) as mesh:
+        derive(config, mesh.world_size)  # refuses a layout that does not fit the processes
+        chunks, step = restore_model(config, mesh, path, use_ema)
+        yield mesh, chunks, step
 
 
 def restore_model(

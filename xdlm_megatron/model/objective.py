@@ -56,11 +56,20 @@ class Objective:
         def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             weight_PH = unwrap(model).head_weight() if fuse_head else None
             nelbo_BS = self.nelbo(output, batch, weight_PH)
-            tokens_B = batch.scored_BS.sum(dim=1, dtype=torch.int)
-            report = {"nelbo_per_sequence": nelbo_BS.detach().sum(dim=1), "tokens_per_sequence": tokens_B}
-            return nelbo_BS.sum(), tokens_B.sum(dtype=torch.int), report
+            report = self.report(nelbo_BS.detach(), batch)
+            return nelbo_BS.sum(), report["tokens_per_sequence"].sum(dtype=torch.int), report
 
         return model(batch.zt_BS, batch.document_BT, fuse_head), loss_function
+
+    @property
+    def reports(self) -> dict[str, tuple[int, ...]]:
+        """Names of what is reported of each sequence, and its shape."""
+        return {"nelbo_per_sequence": (), "tokens_per_sequence": ()}
+
+    def report(self, nelbo_BS: Tensor, batch: NoisedBatch) -> dict[str, Tensor]:
+        """{name: [B, *shape]} of `reports`; sums, and counts as int32."""
+        tokens_B = batch.scored_BS.sum(dim=1, dtype=torch.int)
+        return {"nelbo_per_sequence": nelbo_BS.sum(dim=1), "tokens_per_sequence": tokens_B}
 
     def _fuses_head(self, batch: NoisedBatch, model: Any) -> bool:
         chunk = unwrap(model)
