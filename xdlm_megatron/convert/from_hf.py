@@ -48,8 +48,9 @@ def convert_from_hf(config: RunConfig, folder: Path) -> Path:
     hf.check(part for parts in parameters.values() for part in parts)
     with open_mesh_for(config.parallel) as mesh:
         (chunk,) = (unwrap(chunk) for chunk in build_model(config, mesh, draw_weights=False))
-        fill(chunk, hf, parameters, num_query_groups(config))
-        print(f"writes {target}", flush=True)
+        dtypes = fill(chunk, hf, parameters, num_query_groups(config))
+        stored = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        print(f"{folder} holds {stored}; writes {config.precision.dtype} to {target}", flush=True)
         state = model_state([chunk], mesh.groups) | {
             "train_state": TrainState().to_dict(),
             "recipe": to_tree(config),
@@ -61,20 +62,24 @@ def convert_from_hf(config: RunConfig, folder: Path) -> Path:
 
 
 @torch.no_grad()
-def fill(chunk: DiffusionLM, hf: HfFolder, parameters: dict[str, tuple[Part, ...]], num_groups: int) -> None:
-    """Takes the weights of a whole network from the folder, a parameter at a time."""
+def fill(
+    chunk: DiffusionLM, hf: HfFolder, parameters: dict[str, tuple[Part, ...]], num_groups: int
+) -> set[torch.dtype]:
+    """Takes the weights of a whole network from the folder, a parameter at a time; returns their types there."""
     mine = dict(chunk.named_parameters())
     if mine.keys() != parameters.keys():
         strange = ", ".join(sorted(mine.keys() ^ parameters.keys()))
         raise ConvertError(f"model.mcore changes which parameters there are ({strange}); remove that field")
-    total = sum(parameter.nbytes for parameter in mine.values())
+    total, dtypes = sum(parameter.nbytes for parameter in mine.values()), set()
     # tqdm is silent where stderr is no terminal.
     with tqdm(desc="reading", total=total, unit="B", unit_scale=True, disable=None) as bar:
         for name, parameter in mine.items():
             whole = join([hf.load(part.name) for part in parameters[name]], num_groups)
             parameter[: len(whole)].copy_(whole)
             parameter[len(whole) :].zero_()  # rows of the padded vocabulary
+            dtypes.add(whole.dtype)
             bar.update(parameter.nbytes)
+    return dtypes
 
 
 def _target(config: RunConfig) -> Path:

@@ -205,8 +205,12 @@ def fields_of(hf: Json, family: Family, path: Path) -> Json:
         raise ConvertError(
             f"{path}: {error.args[0]} is missing; take the file that belongs to the weights"
         ) from None
+    except (TypeError, ZeroDivisionError) as error:
+        raise ConvertError(
+            f"{path}: a size is no number above 0 ({error}); take the file that belongs to the weights"
+        ) from None
     base = fields["model.rotary_base"]
-    fields["model.rotary_base"] = int(base) if base == int(base) else base
+    fields["model.rotary_base"] = int(base) if isinstance(base, float) and base.is_integer() else base
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -78,6 +78,9 @@ def make_weights(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> 
         shapes |= {f"blocks.{layer}.{name}": shape for name, shape in block.items()}
     if not config["weight_tying"]:
         shapes["ff_out"] = (config["embedding_size"], width)
+    if config["attention_layer_norm"]:
+        for layer in range(config["n_layers"]):
+            shapes |= {f"blocks.{layer}.{x}_norm": (width // config["n_heads"],) for x in "qk"}
     generator = torch.Generator().manual_seed(0)
     return {
         f"model.transformer.{name}.weight": (
@@ -126,8 +129,10 @@ def logits(config: dict[str, Any], weights: dict[str, Tensor], ids_BS: Tensor) -
     for layer in range(config["n_layers"]):
         b = {n.removeprefix(f"blocks.{layer}."): t for n, t in w.items() if n.startswith(f"blocks.{layer}.")}
         h = norm(x, b["attn_norm"])
-        q = rotate(by_head(h @ b["q_proj"].T, heads))
-        k = rotate(by_head(h @ b["k_proj"].T, kv_heads))
+        q, k = by_head(h @ b["q_proj"].T, heads), by_head(h @ b["k_proj"].T, kv_heads)
+        if config["attention_layer_norm"]:  # a head at a time: Qwen3's, which LLaDA's own would not be
+            q, k = norm(q, b["q_norm"]), norm(k, b["k_norm"])
+        q, k = rotate(q), rotate(k)
         v = by_head(h @ b["v_proj"].T, kv_heads)
         mixed = softmax(q @ k.transpose(2, 3) / D**0.5, dim=-1) @ v
         x = x + mixed.transpose(1, 2).reshape(B, S, width) @ b["attn_out"].T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor
 
 from tests.unit.convert.llada import TINY, logits, make_weights, write_folder
 from tests.unit.model.small import small_config
+from xdlm_megatron.checkpoint.reader import CheckpointError
+from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.convert import hf_folder
 from xdlm_megatron.convert.from_hf import convert_from_hf, print_sections
 from xdlm_megatron.convert.hf_config import ConvertError
-from xdlm_megatron.convert.names import LLADA, LLAMA
+from xdlm_megatron.convert.names import LLADA, LLAMA, parts_of
 from xdlm_megatron.evaluation.restore import restore_model
 from xdlm_megatron.parallel.mesh import open_mesh
 
@@ -46,6 +49,12 @@ def run(config: RunConfig, checkpoint: Path, ids_BS: Tensor) -> Tensor:
         assert step == 0
         with torch.no_grad():
             return model(ids_BS).transpose(0, 1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole one, of two shards; copy it before damaging it."""
+    return write_folder(tmp_path_factory.mktemp("whole") / "hf", TINY, make_weights(TINY), num_shards=2)
 
 
 IDS_BS = torch.randint(45, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -92,14 +101,21 @@ def test_the_comparison_can_fail(tmp_path: Path) -> None:
     assert (logits(TINY | {"rope_theta": 10_000.0}, weights, IDS_BS) - expected).abs().max() > bound
 
 
-def test_llama_names_are_the_same_network(tmp_path: Path) -> None:
-    """The tensors of a LLaDA under Llama's names give what they give under its own."""
-    weights = make_weights(TINY)
-    to_llama = {
-        name.format(layer): LLAMA[part].format(layer) for part, name in LLADA.items() for layer in range(4)
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_llama_names_are_the_same_network(kind: str, tmp_path: Path) -> None:
+    """The tensors of a LLaDA under Llama's names give what they give under its own; Qwen3's have two more."""
+    with_norms = kind == "qwen3"
+    like = TINY | {"attention_layer_norm": with_norms}
+    weights = make_weights(like)
+    norms = {f"{x}_norm": f"model.transformer.blocks.{{}}.{x[0]}_norm.weight" for x in ("query", "key")}
+    renamed = {
+        LLAMA[part].format(layer): weights[name.format(layer)]
+        for part, name in {**LLADA, **(norms if with_norms else {})}.items()
+        for layer in range(4)
     }
+    assert len(renamed) == len(weights)
     hf = {
-        "model_type": "llama",
+        "model_type": kind,
         "num_hidden_layers": 4,
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -109,17 +125,31 @@ def test_llama_names_are_the_same_network(tmp_path: Path) -> None:
         "rms_norm_eps": 1e-5,
         "vocab_size": 45,
     }
-    renamed = {to_llama[name]: tensor for name, tensor in weights.items()}
-    config = config_for(tmp_path / "converted")
+    config = config_for(tmp_path / "converted", model={"qk_layernorm": with_norms})
     ours = run(config, convert_from_hf(config, write_folder(tmp_path / "hf", hf, renamed)), IDS_BS)
-    expected = logits(TINY, weights, IDS_BS)
+    expected = logits(like, weights, IDS_BS)
     torch.testing.assert_close(ours[..., :45], expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole one, of two shards; copy it before damaging it."""
-    return write_folder(tmp_path_factory.mktemp("whole") / "hf", TINY, make_weights(TINY), num_shards=2)
+def test_what_was_converted_knows_no_noise(folder: Path, tmp_path: Path) -> None:
+    """It may be evaluated under any; another network is refused."""
+    checkpoint = convert_from_hf(config_for(tmp_path / "converted"), folder)
+    run(config_for(tmp_path / "converted", diffusion={"uniform_ratio": 0.0}), checkpoint, IDS_BS)
+    with pytest.raises(CheckpointError, match=r"model\.rotary_base=500000 and the recipe says 7"):
+        run(config_for(tmp_path / "converted", model={"rotary_base": 7}), checkpoint, IDS_BS)
+
+
+def test_names_are_those_of_the_published_weights() -> None:
+    """GSAI-ML/LLaDA-8B-Base's index: 291 tensors, total_size 16,031,162,368 in bfloat16."""
+    config = load_recipe(Path(__file__).parents[3] / "examples/llada_8b_cpt.yaml")
+    parts = [part for found in parts_of(config, LLADA).values() for part in found]
+    assert len({part.name for part in parts}) == len(parts) == 291
+    assert 2 * sum(math.prod(part.shape) for part in parts) == 16_031_162_368
+    last = {part.name.removeprefix("model.transformer.blocks.31.") for part in parts if ".31." in part.name}
+    assert last == {
+        f"{name}.weight"
+        for name in "attn_norm attn_out ff_norm ff_out ff_proj k_proj q_proj up_proj v_proj".split()
+    }
 
 
 def test_every_field_that_differs_is_named(folder: Path, tmp_path: Path) -> None:
@@ -228,6 +258,8 @@ def with_config(folder: Path, tmp_path: Path, changes: dict[str, Any]) -> Path:
         ({"block_type": "absent"}, ["block_type='sequential' must be 'llama'"]),
         ({"model_type": "mamba"}, ["model_type='mamba' must be llada, llama or qwen3"]),
         ({"n_layers": "absent"}, ["n_layers is missing"]),
+        ({"n_heads": 0}, ["config.json: a size is no number above 0"]),
+        ({"rope_theta": "500k"}, ["model.rotary_base=500000 must be '500k'"]),
     ],
 )
 def test_another_kind_of_network_is_refused(
