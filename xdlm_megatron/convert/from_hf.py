@@ -65,7 +65,7 @@ def convert_from_hf(config: RunConfig, folder: Path) -> Path:
 def fill(
     chunk: DiffusionLM, hf: HfFolder, parameters: dict[str, tuple[Part, ...]], num_groups: int
 ) -> set[torch.dtype]:
-    """Takes the weights of a whole network from the folder, a parameter at a time; returns their types there."""
+    """Takes a whole network from the folder, a parameter at a time; returns the types its tensors have."""
     mine = dict(chunk.named_parameters())
     if mine.keys() != parameters.keys():
         strange = ", ".join(sorted(mine.keys() ^ parameters.keys()))
