@@ -29,6 +29,17 @@ if [[ -z $python ]]; then
 fi
 restart=${SLURM_RESTART_COUNT:-0}
 
+# The time limit (sbatch --signal=B:USR1@SECONDS) and `scancel --batch --signal=USR1 JOB` reach this shell, which
+# passes them on: the processes save and end.
+asked="" training=""
+# shellcheck disable=SC2317  # the trap calls it
+ask() {
+    asked=yes
+    say "asked to save and be requeued"
+    [[ -z $training ]] || kill -USR1 "$training" 2>/dev/null || true
+}
+trap ask USR1
+
 in_container=()
 srun=(srun --label --wait=300 --kill-on-bad-exit=0)
 case ${XDLM_CONTAINER:-} in
@@ -60,6 +71,25 @@ print(run_folder(config))
 resume=()
 [[ -e $folder/recipe.yaml ]] && resume=(--resume)
 say "job $SLURM_JOB_ID, start $((restart + 1)), $SLURM_NTASKS processes on $SLURM_JOB_NODELIST, run folder $folder"
+((restart == 0)) || [[ -n ${resume[*]} ]] ||
+    say "$folder holds no run yet: it begins at step 0 (is the folder on a disk that every node sees?)"
+
+# Requeues, but not for ever where nothing comes of it: a fault that returns at every start, a limit too short.
+newest() { cat "$folder/checkpoints/latest" 2>/dev/null || echo none; }
+began_at=$(newest)
+requeue() { # REASON
+    ((restart < ${XDLM_MAX_RESTARTS:-100})) || fail 1 "restarted $restart times (XDLM_MAX_RESTARTS); look why: $1"
+    if [[ $(newest) == "$began_at" ]]; then
+        mkdir -p "$folder"
+        echo "job $SLURM_JOB_ID, start $((restart + 1)): $1" >>"$folder/vain_starts"
+        (($(wc -l <"$folder/vain_starts") < 3)) ||
+            fail 1 "the third start in a row that saved nothing (they are in $folder/vain_starts): $1"
+    else
+        rm -f "$folder/vain_starts"
+    fi
+    say "$1; requeues"
+    exec scontrol requeue "$SLURM_JOB_ID"
+}
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000)) # another one each start: the old may linger
@@ -72,18 +102,9 @@ if [[ ${XDLM_CHECK:-$((SLURM_JOB_NUM_NODES > 1))} == 1 ]]; then
     "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" tools/check_collectives.py ||
         fail 1 "the processes do not reach each other, see above; exclude the node it names: sbatch --exclude=NODE"
 fi
+[[ -z $asked ]] || requeue "asked before training began"
 
-# The time limit (sbatch --signal=B:USR1@SECONDS) and `scancel --batch --signal=USR1 JOB` reach this shell, which
-# passes them on: the processes save and end.
 rm -f "$folder/outcome" # an earlier start's
-asked=""
-# shellcheck disable=SC2317  # the trap calls it
-ask() {
-    asked=yes
-    say "asked to save and be requeued"
-    kill -USR1 "$training" 2>/dev/null || true
-}
-trap ask USR1
 trap 'say "asked to stop"' TERM # Slurm has told the processes itself
 "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" -m xdlm_megatron train "$@" "${resume[@]}" &
 training=$!
@@ -94,20 +115,18 @@ while true; do # a signal ends a wait, not the training
 done
 
 outcome=""
-[[ -s $folder/outcome ]] && read -r outcome _ <"$folder/outcome"
+[[ -s $folder/outcome ]] && outcome=$(head -n 1 "$folder/outcome")
 case $outcome in
-    finished | stopped)
-        say "$(cat "$folder/outcome")"
+    finished* | stopped*)
+        rm -f "$folder/vain_starts"
+        say "$outcome"
         exit 0
         ;;
-    failed)
-        fail 1 "$(cat "$folder/outcome")"
-        ;;
+    requeue* | lost*) requeue "$outcome" ;; # lost: a process or its node is gone
+    failed*) fail $((status == 2 ? 2 : 1)) "$outcome" ;;
 esac
-# `requeue`, or the signal came before training could answer it: then nothing was lost either.
-if [[ $outcome == requeue || -n $asked ]]; then
-    ((restart < ${XDLM_MAX_RESTARTS:-100})) || fail 1 "restarted $restart times (XDLM_MAX_RESTARTS); look why"
-    say "${outcome:-not started}; requeues"
-    exec scontrol requeue "$SLURM_JOB_ID"
-fi
+# No word: the signal came before training could answer it, or the system ended the processes (SIGKILL; SIGABRT
+# is NCCL's when a node is gone).
+[[ -z $asked ]] || requeue "asked before training could answer"
+((status <= 128)) || requeue "the processes were killed (srun: $status)"
 fail "$((status ? status : 1))" "training ended without a word (srun: $status); look for its last lines above"

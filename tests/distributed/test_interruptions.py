@@ -114,7 +114,7 @@ def test_a_process_that_stands_still_ends_the_job(
     assert line.index("step ") < line.index("another process")
     assert "--resume" in line
     assert "Traceback" not in output
-    assert (run / "outcome").read_text().startswith("failed: step ")
+    assert (run / "outcome").read_text().startswith("lost: step ")
 
 
 FULL = {

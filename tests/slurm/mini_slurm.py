@@ -24,6 +24,7 @@ from pathlib import Path
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare")
 PACKAGES = ("slurm-wlm", "munge")
 KILL_WAIT_SECONDS = 5
+NODE_TIMEOUT_SECONDS = 30  # a node that does not answer is down by then; a loaded machine is slow to answer
 
 CONFIGURATION = """
 ClusterName=mini
@@ -52,6 +53,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=50000,sched_interval=1,bf_interval=1
 ReturnToService=2
+SlurmdTimeout={node_timeout}
 KillWait={kill_wait}
 JobRequeue=1
 MinJobAge=86400
@@ -111,6 +113,23 @@ class MiniSlurm:
                 self._kick(job_id, job["SubmitTime"])
             time.sleep(0.5)
 
+    def start_node(self, name: str) -> None:
+        script = 'hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && exec slurmd -f "$3" -N "$1"'
+        self.run(
+            *("unshare", "--uts", "--mount", "bash", "-ec", script, "slurmd"),
+            *(name, str(self.folder), self.environment["SLURM_CONF"]),
+        )
+
+    def kill_node(self, name: str) -> None:
+        """SIGKILL to every process of the node, slurmd and the jobs' included: as if its power were cut."""
+        slurmd = (self.folder / f"run/slurmd-{name}.pid").read_text().strip()
+        node = os.readlink(f"/proc/{slurmd}/ns/uts")
+        for _ in range(2):  # once more: what was just being forked
+            for process in Path("/proc").glob("[0-9]*"):
+                with suppress(OSError):
+                    if os.readlink(process / "ns/uts") == node:
+                        os.kill(int(process.name), signal.SIGKILL)
+
     def _kick(self, job_id: str, submitted: str) -> None:
         """Not in the second of the requeue: that start dies of "Job credential revoked"."""
         if time.time() - time.mktime(time.strptime(submitted, "%Y-%m-%dT%H:%M:%S")) >= 3:
@@ -120,7 +139,8 @@ class MiniSlurm:
     def _configure(self) -> None:
         etc, host = self.folder / "etc", socket.gethostname().split(".")[0]
         port = _free_ports(self.num_nodes + 1)
-        lines = [CONFIGURATION.format(host=host, port=port, folder=self.folder, kill_wait=KILL_WAIT_SECONDS)]
+        waits = {"kill_wait": KILL_WAIT_SECONDS, "node_timeout": NODE_TIMEOUT_SECONDS}
+        lines = [CONFIGURATION.format(host=host, port=port, folder=self.folder, **waits)]
         hosts = Path("/etc/hosts").read_text()
         for index in range(1, self.num_nodes + 1):
             lines.append(
@@ -140,7 +160,7 @@ class MiniSlurm:
         (etc / "munge.key").chmod(0o400)
 
     def _start(self) -> None:
-        run, log, conf = self.folder / "run", self.folder / "log", self.environment["SLURM_CONF"]
+        run, log = self.folder / "run", self.folder / "log"
         munge = {
             "key-file": self.folder / "etc/munge.key",
             "socket": run / "munge.sock",
@@ -149,13 +169,9 @@ class MiniSlurm:
             "seed-file": run / "munged.seed",
         }
         self.run("munged", "--force", *(f"--{name}={path}" for name, path in munge.items()))
-        self.run("slurmctld", "-f", conf)
+        self.run("slurmctld", "-f", self.environment["SLURM_CONF"])
         for index in range(1, self.num_nodes + 1):
-            script = 'hostname "$1" && mount --bind "$2/etc/hosts" /etc/hosts && exec slurmd -f "$3" -N "$1"'
-            self.run(
-                *("unshare", "--uts", "--mount", "bash", "-ec", script, "slurmd"),
-                *(f"node{index}", str(self.folder), conf),
-            )
+            self.start_node(f"node{index}")
         deadline = time.monotonic() + 60
         while self.run("sinfo", "-h", "-N", "-o", "%t").split() != ["idle"] * self.num_nodes:
             assert time.monotonic() < deadline, self.run("sinfo", "-N", "-l")

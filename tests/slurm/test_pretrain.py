@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.distributed.launch import last_step, read_series
@@ -50,6 +53,7 @@ class Jobs:
         fields = {**self.fields, "run.name": name, "run.output_dir": self.folder / "runs", **changes}
         overrides = [f"{field}={value}" for field, value in fields.items()]
         environment = f"--export=ALL,OMP_NUM_THREADS=1,XDLM_HOME={REPOSITORY},XDLM_PYTHON={sys.executable}"
+        environment += f",XDLM_CHECK={int(name == 'whole')}"  # seconds of importing torch at every start
         log = f"--output={self.folder}/{name}.out"
         script = str(REPOSITORY / "slurm/pretrain_1b.sh")
         return self.slurm.run("sbatch", "--parsable", *SIZE, environment, log, script, *overrides).strip()
@@ -73,6 +77,29 @@ class Jobs:
             assert job["JobState"] in ("PENDING", "RUNNING"), self.log(name)[-6000:]
             assert time.monotonic() < deadline, self.log(name)[-6000:]
             time.sleep(0.05)
+
+    def wait_for_line(self, name: str, text: str) -> None:
+        deadline = time.monotonic() + SECONDS
+        while text not in self.log(name):
+            assert time.monotonic() < deadline, self.log(name)[-6000:]
+            time.sleep(0.2)
+
+    @contextmanager
+    def frozen(self, name: str) -> Iterator[None]:
+        """The run's processes stand still inside the block, so that it does not end before it is asked to."""
+        ours = [process for process in psutil.process_iter(["cmdline"]) if _trains(process, name)]
+        for process in ours:
+            process.suspend()
+        try:
+            yield
+        finally:
+            for process in ours:
+                process.resume()
+
+
+def _trains(process: psutil.Process, name: str) -> bool:
+    command = process.info["cmdline"] or [""]
+    return "python" in Path(command[0]).name and f"run.name={name}" in command
 
 
 @pytest.fixture(scope="module")
@@ -112,26 +139,30 @@ def test_two_nodes_train_one_model(jobs: Jobs, whole: Path) -> None:
     assert len(read_series(whole / "metrics.jsonl", "train/nelbo")) == NUM_STEPS
 
 
-def test_the_signal_before_the_limit_saves_requeues_and_goes_on(jobs: Jobs, whole: Path) -> None:
-    """By hand, as Slurm sends it ahead of the time limit (sbatch --signal=B:USR1@...)."""
-    job_id = jobs.submit("signalled")
-    jobs.wait_for_step(job_id, "signalled", 13)
-    jobs.slurm.run("scancel", "--batch", "--signal=USR1", job_id)
-    job = jobs.end(job_id, "signalled")
-    assert job["Restarts"] == "1"
-    log = jobs.log("signalled")
-    assert "asked to save and be requeued" in log
+def test_the_time_limit_saves_requeues_and_goes_on(jobs: Jobs, whole: Path) -> None:
+    """The script asks for a signal 10 minutes before the limit; Slurm looks every 30 s whether it is time."""
+    job_id = jobs.submit("limited")
+    jobs.wait_for_step(job_id, "limited", 13)
+    with jobs.frozen("limited"):
+        jobs.slurm.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=5")
+        jobs.wait_for_line("limited", "asked to save and be requeued")
+        jobs.slurm.run("scontrol", "update", f"JobId={job_id}", "TimeLimit=60")
+    assert jobs.end(job_id, "limited")["Restarts"] == "1"
+    log = jobs.log("limited")
+    assert "requeue at step" in log
     assert "resumes at step" in log, "the log of the first start is kept, the second goes on"
-    assert_went_on(jobs.run_folder("signalled"), whole)
+    assert_went_on(jobs.run_folder("limited"), whole)
 
 
-def test_a_lost_node_requeues_and_goes_on(jobs: Jobs, whole: Path) -> None:
+def test_a_killed_node_requeues_and_goes_on(jobs: Jobs, whole: Path) -> None:
+    """Its power is cut: the other process meets silence, Slurm misses the node; then it comes back."""
     job_id = jobs.submit("bereft")
     jobs.wait_for_step(job_id, "bereft", 23)
-    jobs.slurm.run("scontrol", "update", "NodeName=node2", "State=DOWN", "Reason=test")
-    jobs.slurm.run("scontrol", "update", "NodeName=node2", "State=RESUME")
+    jobs.slurm.kill_node("node2")
+    jobs.slurm.wait(job_id, lambda job: job["JobState"] == "PENDING", SECONDS)
+    jobs.slurm.start_node("node2")
     assert jobs.end(job_id, "bereft")["Restarts"] == "1"
-    assert "resumes at step 2" in jobs.log("bereft"), "its last save, or one on the way down"
+    assert "resumes at step 2" in jobs.log("bereft"), "its last save"
     assert_went_on(jobs.run_folder("bereft"), whole)
 
 

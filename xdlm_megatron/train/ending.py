@@ -15,9 +15,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 from xdlm_megatron.checkpoint.writer import SaveError
+from xdlm_megatron.tracking.tracker import one_line
 
 OUTCOME = "outcome"
 FINISHED, STOPPED, REQUEUE, FAILED = "finished", "stopped", "requeue", "failed"
+LOST = "lost"  # failed because another process is gone, as with its node: a new start may well succeed
 
 _LOST = "another process has died or does not answer"
 _GLOO = ("gloo", "Connection closed by peer", "Connection reset by peer")
@@ -53,7 +55,9 @@ def failures_explained(progress: Progress) -> Iterator[None]:
         yield
     except Exception as error:
         explained = _explain(error, progress)
-        if explained is None:
+        if explained is None:  # a bug, or a user's mistake: its traceback or its line is still to come
+            if progress.folder is not None:
+                _record_failure(progress.folder, error)
             raise
         if not explained.told:
             if progress.folder is None or _record_failure(progress.folder, explained):
@@ -82,7 +86,7 @@ def forget_outcome(folder: Path) -> None:
 
 
 def record_outcome(folder: Path, text: str) -> bool:
-    """Writes the file `outcome`, whose first word is one of the four above; False where there is one already.
+    """Writes the file `outcome`, whose first word is one of the five above; False where there is one already.
 
     The first process that fails creates it, so that a job of many says once why it ended.
     """
@@ -98,9 +102,10 @@ def record_outcome(folder: Path, text: str) -> bool:
     return True
 
 
-def _record_failure(folder: Path, error: TrainingError) -> bool:
+def _record_failure(folder: Path, error: Exception) -> bool:
     """Whether this process is to tell: the first that fails, or that knows more than a lost process."""
-    text = f"{FAILED}: {error}"
+    said = " ".join(str(error).split()) if isinstance(error, TrainingError) else one_line(error)
+    text = f"{LOST if isinstance(error, LostProcessError) else FAILED}: {said}"
     if record_outcome(folder, text):
         return True
     if isinstance(error, LostProcessError):

@@ -56,7 +56,7 @@ def test_other_errors_stay_as_they_are(error: Exception, tmp_path: Path) -> None
     with pytest.raises(type(error)) as caught, failures_explained(Progress("step 1", tmp_path)):
         raise error
     assert caught.value is error
-    assert not (tmp_path / "outcome").exists()
+    assert (tmp_path / "outcome").read_text() == f"failed: {type(error).__name__}: {error}\n"
 
 
 def lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
@@ -71,12 +71,22 @@ def test_the_first_process_that_knows_the_cause_tells(
     explain(RuntimeError(GLOO), progress)
     (lost,) = lines(capfd)
     assert "another process has died" in lost
-    assert outcome.read_text() == lost.replace("error: ", "failed: ") + "\n"
+    assert outcome.read_text() == lost.replace("error: ", "lost: ") + "\n"
     for _ in range(3):
         explain(SaveError("no room"), progress)
     explain(RuntimeError(GLOO), progress)
     assert lines(capfd) == ["error: no room"]
     assert outcome.read_text() == "failed: no room\n"
+
+
+def test_a_bug_is_no_lost_process(tmp_path: Path) -> None:
+    """The others lose the process that it ends, and a new start would meet it again."""
+    progress, outcome = Progress("step 2", tmp_path), tmp_path / "outcome"
+    explain(RuntimeError(GLOO), progress)
+    with pytest.raises(KeyError), failures_explained(progress):
+        raise KeyError("layer")
+    explain(RuntimeError(GLOO), progress)
+    assert outcome.read_text() == "failed: KeyError: 'layer'\n"
 
 
 def test_the_cause_is_told_before_the_others_can_know(
