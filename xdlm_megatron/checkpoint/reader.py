@@ -13,7 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import (
+    get_default_load_sharded_strategy,
+    load_sharded_metadata,
+)
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 
 from xdlm_megatron.checkpoint.integrity import MANIFEST, CheckpointError, find_damage, newest_whole
@@ -27,13 +32,25 @@ _NO_OTHER = "no older one beside it is whole; put the file back from a copy, or 
 def load_checkpoint(path: Path, state: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     """Fills `state` (sharded tensors of this layout) from the checkpoint; plain values come with it.
 
-    Each data-parallel replica reads a part of the files and sends it to the others.
+    Each data-parallel replica reads a part of the files and sends it to the others. Scales of FP8 that the
+    checkpoint lacks, as one in bfloat16 does, are left out.
     """
+    state = _without_absent_scales(path, state)
     strategy = get_default_load_sharded_strategy(str(path))
     replicas = mesh.groups.dp_cp
     if replicas.size() > 1:
         strategy = FullyParallelLoadStrategyWrapper(strategy, replicas)
     return dist_checkpointing.load(state, str(path), strategy)
+
+
+def _without_absent_scales(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+    def is_scales(value: Any) -> bool:
+        return isinstance(value, ShardedObject) and value.key.endswith("_extra_state")
+
+    if not any(map(is_scales, nested_values(state))):
+        return state
+    there = {value.key for value in load_sharded_metadata(str(path)).values()}
+    return extract_matching_values(state, lambda v: not is_scales(v) or v.key in there)[0]
 
 
 def load_plain_values(path: Path) -> dict[str, Any]:

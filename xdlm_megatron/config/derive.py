@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from xdlm_megatron.config.schema import Data, RunConfig, Train
 
@@ -87,6 +88,11 @@ def data_parallel_size(
             f"--nproc-per-node {size}), or change the layout"
         )
     return world_size // size
+
+
+def head_fusion(config: RunConfig) -> Literal["auto", "always", "never"]:
+    """train.fuse_head; never where gradients are reduced in backward: a fused head makes its own before."""
+    return "never" if config.parallel.overlap_grad_reduce else config.train.fuse_head
 
 
 def num_layer_parameters(config: RunConfig) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from xdlm_megatron.config.derive import kv_channels, num_query_groups
+from xdlm_megatron.config.gpu_rules import find_gpu_contradictions
 from xdlm_megatron.config.schema import RunConfig, WsdLr
 
 # Fields of TransformerConfig that a recipe must not set by the back door: another knob owns them, ...
@@ -29,6 +30,13 @@ OWNED_MCORE_FIELDS = {
     "pipeline_dtype": "precision.dtype",
     "bf16": "precision.dtype",
     "fp16": "precision.dtype",
+    "fp8": "precision.fp8",
+    "fp8_recipe": "precision.fp8_recipe",
+    "fp8_param": "precision.fp8_param_gather",
+    "first_last_layers_bf16": "precision.num_layers_at_start_in_bf16",
+    "num_layers_at_start_in_bf16": "precision.num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16": "precision.num_layers_at_end_in_bf16",
+    "transformer_impl": "model.transformer_impl",
 }
 
 # ... or the loss, the parameter count and the checkpoints assume their value.
@@ -39,7 +47,7 @@ FIXED_MCORE_FIELDS = {
     "normalization": "the model uses RMSNorm",
     "add_bias_linear": "the model has no biases",
     "num_moe_experts": "experts are not supported yet",
-    **dict.fromkeys(("fp8", "fp4"), "precision is float32 or bfloat16"),
+    "fp4": "precision.fp8 goes down to 8 bits",
     **dict.fromkeys(
         ("attention_softmax_in_fp32", "apply_query_key_layer_scaling", "masked_softmax_fusion"),
         "the attention kernel does not read it",
@@ -50,7 +58,12 @@ FIXED_MCORE_FIELDS = {
 
 def find_contradictions(config: RunConfig) -> list[str]:
     """Every contradiction of a recipe whose fields are valid one by one."""
-    return [*_model_contradictions(config), *_parallel_contradictions(config), *_run_contradictions(config)]
+    return [
+        *_model_contradictions(config),
+        *_parallel_contradictions(config),
+        *_run_contradictions(config),
+        *find_gpu_contradictions(config),
+    ]
 
 
 def _model_contradictions(config: RunConfig) -> Iterator[str]:

@@ -84,6 +84,8 @@ class Model:
     """Standard deviation of the initial weights."""
     zero_init_head: Flag = True
     """Start from the uniform predictor (loss log(V-1)), as the paper does; no effect on a tied head."""
+    transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Layers by Transformer Engine (transformer_engine), PyTorch (local), or auto: the first if it runs."""
     mcore: dict[str, Any] = field(default_factory=dict)
     """Further fields passed verbatim to Megatron-Core's TransformerConfig; names are checked there."""
 
@@ -100,6 +102,10 @@ class Parallel:
     """Processes that share each sequence: every one has a slice of it and gathers keys and values."""
     sequence_parallel: Flag = False
     """Split norms and residuals along the sequence over the tensor-parallel group."""
+    overlap_grad_reduce: Flag = False
+    """Reduce gradients over data parallel while backward goes on."""
+    overlap_param_gather: Flag = False
+    """Gather the updated weights of a layer while forward is in the layers before it."""
     distributed_timeout_minutes: PositiveFloat = 10.0
     """A collective that waits longer ends the job."""
 
@@ -108,6 +114,16 @@ class Parallel:
 class Precision:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameters and activations: float32 or bfloat16; master weights and the loss are float32 in both."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """Matrix products of the layers in FP8: e4m3, or hybrid with e5m2 for gradients; null: none."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """FP8's scales: tensorwise, or of steps before (delayed), blockwise (128) or mxfp8 (32, Blackwell)."""
+    fp8_param_gather: Flag = False
+    """Keep and gather the layers' weights in FP8; master weights stay float32."""
+    num_layers_at_start_in_bf16: NonNegativeInt = 0
+    """First layers that stay in bfloat16."""
+    num_layers_at_end_in_bf16: NonNegativeInt = 0
+    """Last layers that stay in bfloat16."""
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)

@@ -11,6 +11,7 @@ from xdlm_megatron.config.derive import (
     consumed_after,
     data_parallel_size,
     flops_per_token,
+    head_fusion,
     keeps_documents_apart,
     kv_channels,
     num_parameters,
@@ -183,7 +184,7 @@ def recipe_layout(config: RunConfig, world: int) -> Layout:
         sequence_parallel=parallel.sequence_parallel,
         micro_batch=config.train.micro_batch_size,
         recompute=recipe_recompute(config),
-        fuse_head=config.train.fuse_head,
+        fuse_head=head_fusion(config),
     )
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from xdlm_megatron.config.derive import derive
+from xdlm_megatron.config.derive import derive, head_fusion
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.launch.cost import Step, step_cost
 from xdlm_megatron.launch.gpus import GIB, GPUS, Gpu
@@ -65,7 +65,7 @@ def make_plan(config: RunConfig, gpu: Gpu, world: int, top: int = 8) -> Plan:
     best: dict[tuple[int, ...], Candidate] = {}
     nearest: list[Candidate] = []
     num_tried = 0
-    for layout in all_layouts(shape, world, gpu.per_node, config.train.fuse_head):
+    for layout in all_layouts(shape, world, gpu.per_node, head_fusion(config)):
         num_tried += 1
         found = price(shape, layout, gpu)
         if not found.fits:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core import tensor_parallel
@@ -49,11 +51,23 @@ def build_model(config: RunConfig, mesh: Mesh, draw_weights: bool = True) -> lis
 
 
 def wrap_for_training(
-    chunks: list[MegatronModule], use_distributed_optimizer: bool, mesh: Mesh
+    chunks: list[MegatronModule],
+    use_distributed_optimizer: bool,
+    mesh: Mesh,
+    overlap_grad_reduce: bool = False,
+    overlap_param_gather: bool = False,
 ) -> list[MegatronModule]:
-    """Megatron's data-parallel wrapper: gradients accumulate in float32 and are reduced once a step."""
+    """Megatron's data-parallel wrapper: gradients accumulate in float32 and are reduced once a step.
+
+    overlap_grad_reduce: while backward goes on. overlap_param_gather: an update leaves each process with the
+    weights of its own shards; the next forward gathers them, or `whole_weights`.
+    """
     ddp = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=use_distributed_optimizer
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=use_distributed_optimizer,
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        fp8_param_gather=chunks[0].config.fp8_param,
     )
     return [
         DistributedDataParallel(
@@ -61,6 +75,19 @@ def wrap_for_training(
         )
         for index, chunk in enumerate(chunks)
     ]
+
+
+@contextmanager
+def whole_weights(chunks: list[MegatronModule]) -> Iterator[None]:
+    """Inside, every process has every weight as the last update left it, for others than a step to use."""
+    gathering = [chunk for chunk in chunks if chunk.ddp_config.overlap_param_gather]
+    for chunk in gathering:
+        chunk.disable_forward_pre_hook()
+    try:
+        yield
+    finally:
+        for chunk in gathering:
+            chunk.enable_forward_pre_hook()
 
 
 def unwrap(chunk: MegatronModule) -> DiffusionLM:

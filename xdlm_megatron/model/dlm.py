@@ -6,6 +6,7 @@ P vocabulary shard (padded vocabulary / tensor-parallel size).
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from xdlm_megatron.parallel.gpu_packages import FUSION, apex
+
+EXTRA_STATE = "_extra_state"
+FP8_MODULES = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")  # those that have scales
 
 
 class DiffusionLM(LanguageModule):
@@ -69,7 +75,7 @@ class DiffusionLM(LanguageModule):
             self.output_layer = tensor_parallel.ColumnParallelLinear(
                 config.hidden_size,
                 padded_vocab_size,
-                config=config,
+                config=_head_config(config),
                 init_method=config.init_method,
                 bias=False,
                 skip_bias_add=False,
@@ -89,10 +95,23 @@ class DiffusionLM(LanguageModule):
         return self.embedding.word_embeddings.weight if self.pre_process else self.output_layer.weight
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """Upstream's, without the head's extra state, which is empty and differs between versions."""
+        """Upstream's, with no extra state but that of FP8's delayed scaling.
+
+        Others are empty, and are others in every version and implementation.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        state.pop(f"{prefix}output_layer._extra_state", None)
-        return state
+        delayed = self.config.fp8 is not None and self.config.fp8_recipe == "delayed"
+        kept = FP8_MODULES if delayed else ()
+        return {
+            name: value
+            for name, value in state.items()
+            if not name.endswith(EXTRA_STATE) or name.removesuffix(f".{EXTRA_STATE}").endswith(kept)
+        }
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """torch's; FP8's scales start anew where `state_dict` has none, as of a model in bfloat16."""
+        extra = {name: None for name in self.state_dict() if name.endswith(EXTRA_STATE)}
+        return super().load_state_dict({**extra, **state_dict}, strict, assign)
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows [P, H] of the head, which may be the embedding's; last stage only."""
@@ -132,6 +151,15 @@ class DiffusionLM(LanguageModule):
         tied = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits_SBP, _ = self.output_layer(hidden, weight=tied)
         return logits_SBP
+
+
+def _head_config(config: TransformerConfig) -> TransformerConfig:
+    """The head is Megatron-Core's own layer, which adds to the sum of gradients by apex or not at all."""
+    if not config.gradient_accumulation_fusion or FUSION in apex().parts:
+        return config
+    plain = copy.copy(config)
+    plain.gradient_accumulation_fusion = False
+    return plain
 
 
 def positions_within(document_BT: torch.Tensor) -> torch.Tensor:

@@ -1,17 +1,22 @@
-"""Which modules Megatron-Core's transformer layer is made of."""
+"""Which modules Megatron-Core's transformer layer is made of: Transformer Engine's, or twins in PyTorch.
+
+Both have the same parameters, with the same names in checkpoints: Transformer Engine keeps a norm in the
+matrix product behind it, and the twin's norms are stored under those names (`sharded_state_dict_keys_map`).
+"""
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from xdlm_megatron.model.attention import SDPAttention
+from xdlm_megatron.parallel.gpu_packages import ADAM, FUSION, apex, transformer_engine
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -26,13 +31,14 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def core_attention(dtype: torch.dtype, masked: bool = False) -> type:
-    """Transformer Engine's attention where it keeps no scores (16-bit on CUDA), torch's elsewhere.
+def core_attention(config: TransformerConfig, masked: bool = False) -> type:
+    """Transformer Engine's attention in its layers where it keeps no scores, else torch's. No parameters.
 
-    masked: attention is given a mask, with which Transformer Engine would keep them. No parameters in either.
+    It keeps them in float32 and, masked, with a mask of any kind but causal or padding; its packed documents
+    (THD) want each padded to twice the context-parallel size, cut in zig-zag, and a micro-batch in one row.
     """
-    installed = importlib.util.find_spec("transformer_engine") is not None
-    if installed and torch.cuda.is_available() and dtype is not torch.float32 and not masked:
+    by_engine = config.transformer_impl == "transformer_engine"
+    if by_engine and config.params_dtype is not torch.float32 and not masked:
         from megatron.core.extensions.transformer_engine import TEDotProductAttention
 
         return TEDotProductAttention
@@ -48,13 +54,45 @@ def build_block_spec(
         chunk: index of the virtual pipeline chunk, None without interleaving.
         masked: attention stays within documents.
     """
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization=config.normalization)
-    layer.submodules.input_layernorm = RMSNorm
-    layer.submodules.pre_mlp_layernorm = RMSNorm
+    by_engine = config.transformer_impl == "transformer_engine"
+    layer, norm = _engine_layer(config) if by_engine else _local_layer(config)
     attention = layer.submodules.self_attention
     attention.params["attn_mask_type"] = AttnMaskType.no_mask
-    attention.submodules.core_attention = core_attention(config.params_dtype, masked)
-    if config.qk_layernorm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    attention.submodules.core_attention = core_attention(config, masked)
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def who_computes(config: TransformerConfig, masked: bool) -> str:
+    """One line: which of Transformer Engine, apex and PyTorch does what in this process, and why."""
+    engine, apex_ = transformer_engine(), apex()
+    by = {True: "Transformer Engine", False: "PyTorch"}
+    by_engine = config.transformer_impl == "transformer_engine"
+    adam = "Transformer Engine" if ADAM in engine.parts else "apex" if ADAM in apex_.parts else "PyTorch"
+    sums = "apex" if FUSION in apex_.parts else "PyTorch"
+    if by_engine:
+        sums = f"Transformer Engine, the head's {sums}"
+    return (
+        f"layers by {by[by_engine]}, attention by {by[core_attention(config, masked) is not SDPAttention]}, "
+        f"Adam by {adam}, sums of weight gradients by {sums} ({engine}; {apex_})"
+    )
+
+
+def _engine_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """A layer by Transformer Engine, norms fused with the products behind them, and its norm."""
+    from megatron.core.extensions.transformer_engine import TENorm
+
+    spec = gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return spec, TENorm
+
+
+def _local_layer(config: TransformerConfig) -> tuple[ModuleSpec, type]:
+    """A layer by PyTorch, and its norm."""
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(
+        qk_layernorm=config.qk_layernorm, normalization=config.normalization
+    )
+    spec.submodules.input_layernorm = spec.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return spec, RMSNorm

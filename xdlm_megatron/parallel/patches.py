@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xdlm_megatron.parallel import cpu_view
+from xdlm_megatron.parallel import cpu_view, gpu_packages
 from xdlm_megatron.parallel.adam import GroupStepAdamW
 
 
@@ -75,6 +75,13 @@ def _write_in_threads() -> None:
 
 
 PATCHES = (
+    Patch(
+        name="hide-unusable-packages",
+        reason="megatron.core takes any Transformer Engine or apex that imports, broken or without a GPU",
+        versions=">=0.16,<0.20",
+        needed=lambda: True,
+        apply=gpu_packages.hide_unusable_packages,
+    ),
     Patch(
         name="import-without-compile",
         reason="without CUDA, @torch.compile costs seconds at import and needs a compiler at run time",

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, NelboResult
+from xdlm_megatron.model.build import whole_weights
 from xdlm_megatron.tracking.tracker import Tracker
 from xdlm_megatron.train.ending import FINISHED, REQUEUE, STOPPED, Progress, TrainingError
 from xdlm_megatron.train.signals import StopRequest
@@ -121,7 +122,8 @@ class Loop:
                     self._evaluate(state)
                 if state.step % config.checkpoint.save_interval == 0 or ending:
                     self.progress.doing = f"save of step {state.step}"
-                    self.saver.begin(state)
+                    with whole_weights(self.step.chunks):
+                        self.saver.begin(state)
                     if ending or not self.saver.is_async:
                         self.saver.publish()
             if stopping:
@@ -182,7 +184,7 @@ class Loop:
             return
         self.progress.doing = f"evaluation after step {state.step}"
         ema = self.step.ema
-        with ema.applied() if ema is not None else nullcontext():
+        with whole_weights(self.step.chunks), ema.applied() if ema is not None else nullcontext():
             result = self.evaluator(self.step.chunks)
         self.tracker.log(state.step, eval_metrics(result))
 

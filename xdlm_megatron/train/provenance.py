@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron import __version__
+from xdlm_megatron.config.gpu_rules import FP8_MCORE_FIELDS
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe, to_tree
 from xdlm_megatron.config.record import ENVIRONMENT
 from xdlm_megatron.config.schema import RunConfig
@@ -33,13 +34,20 @@ FIXED_FIELDS = (
     "train.rampup_batch_size",
     "train.init_from",
 )
-# Where the same data lies (`check_same_data` looks at what it is), how its vocabulary is padded, and what of
-# Megatron's fields decides memory, kernels and messages alone may change with the machine or the layout.
+# Where the same data lies (`check_same_data` looks at what it is), how its vocabulary is padded, who computes
+# the layers and in how many bits, and what of Megatron's fields decides memory, kernels and messages alone
+# may change with the machine or the layout.
 FREE_FIELDS = (
     "data.train_prefix",
     "data.valid_prefix",
     "data.tokenizer",
     "data.make_vocab_size_divisible_by",
+    "model.transformer_impl",
+    "precision.fp8",
+    "precision.fp8_recipe",
+    "precision.fp8_param_gather",
+    "precision.num_layers_at_start_in_bf16",
+    "precision.num_layers_at_end_in_bf16",
     *(
         f"model.mcore.{name}"
         for name in (
@@ -59,6 +67,13 @@ FREE_FIELDS = (
             "batch_p2p_sync",
             "overlap_p2p_comm",
             "microbatch_group_size_per_vp_stage",
+            "tp_comm_overlap",
+            "cpu_offloading",
+            "cpu_offloading_num_layers",
+            "cpu_offloading_activations",
+            "cpu_offloading_weights",
+            "cuda_graph_impl",
+            *FP8_MCORE_FIELDS,
         )
     ),
 )
@@ -88,6 +103,7 @@ def record_start(folder: Path, config: RunConfig, step: int, world_size: int) ->
         "world_size": world_size,
         "parallel": to_tree(config)["parallel"],
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "precision": to_tree(config)["precision"],
         "xdlm_megatron": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),

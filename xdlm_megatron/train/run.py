@@ -21,7 +21,7 @@ from xdlm_megatron.checkpoint.reader import (
 )
 from xdlm_megatron.checkpoint.summary import read_plain_values
 from xdlm_megatron.checkpoint.writer import CheckpointWriter
-from xdlm_megatron.config.derive import Derived, derive, keeps_documents_apart, run_folder
+from xdlm_megatron.config.derive import Derived, derive, head_fusion, keeps_documents_apart, run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.record import last_start, run_params, run_tags
 from xdlm_megatron.config.schema import RunConfig
@@ -29,7 +29,7 @@ from xdlm_megatron.data.build import build_train_samples
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
 from xdlm_megatron.kernels.dispatch import Kernels
 from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
-from xdlm_megatron.model.layer_spec import core_attention
+from xdlm_megatron.model.layer_spec import who_computes
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
@@ -162,11 +162,17 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     derived = derive(config, mesh.world_size)
     samples = build_train_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
     kernels = choose_kernels_together(config.train.kernels, mesh)
-    objective = Objective(samples.noise, mesh, fuse_head=config.train.fuse_head, ops=kernels.row_ops)
+    objective = Objective(samples.noise, mesh, fuse_head=head_fusion(config), ops=kernels.row_ops)
     evaluator = None
     if config.data.valid_prefix is not None:
         evaluator = build_evaluator(config, mesh, objective)
-    chunks = wrap_for_training(build_model(config, mesh), config.optimizer.use_distributed_optimizer, mesh)
+    chunks = wrap_for_training(
+        build_model(config, mesh),
+        config.optimizer.use_distributed_optimizer,
+        mesh,
+        config.parallel.overlap_grad_reduce,
+        config.parallel.overlap_param_gather,
+    )
     optimizer = build_optimizer(config.optimizer, config.lr_schedule, chunks, mesh)
     lr_schedule = build_lr_schedule(config.lr_schedule, config.optimizer, config.train.num_steps, optimizer)
     ema = Ema(chunks, optimizer, config.optimizer.ema_decay, mesh) if config.optimizer.ema_decay else None
@@ -251,12 +257,11 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
     start = f"resumes at step {state.step}" if state.step else "starts"
     if not state.step and config.train.init_from is not None:
         start += f" from the weights in {config.train.init_from}"
-    attention = core_attention(DTYPES[config.precision.dtype], keeps_documents_apart(config.data))
     return "\n".join(
         [
             f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
-            f"{derived.num_parameters / 1e6:.1f}M parameters, {config.precision.dtype} on "
-            f"{run.mesh.device.type}, attention by {attention.__name__}",
+            f"{derived.num_parameters / 1e6:.1f}M parameters, {_bits(config)} on {run.mesh.device.type}",
+            f"  {who_computes(run.chunks[0].config, keeps_documents_apart(config.data))}",
             f"  loss by {run.kernels.reason}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
@@ -266,6 +271,13 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
             f"{run.step.samples.dataset.summary}; MFU against: {peak_source}",
         ]
     )
+
+
+def _bits(config: RunConfig) -> str:
+    precision = config.precision
+    if precision.fp8 is None:
+        return precision.dtype
+    return f"{precision.dtype} and FP8 ({precision.fp8}, {precision.fp8_recipe})"
 
 
 def _check_folder(config: RunConfig, resume: bool) -> None:

@@ -61,6 +61,9 @@ class TrainStep:
         transformer = self.chunks[0].config
         transformer.finalize_model_grads_func = finalize_model_grads
         transformer.grad_scale_func = self.optimizer.scale_loss
+        if self.config.parallel.overlap_grad_reduce:  # after the last micro-batch, not after each
+            no_sync = [chunk.no_sync for chunk in self.chunks]
+            transformer.no_sync_func = no_sync if len(no_sync) > 1 else no_sync[0]
 
     def __call__(self, state: TrainState) -> StepResult:
         """Takes the next global batch; advances `state`."""

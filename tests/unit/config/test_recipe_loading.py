@@ -257,5 +257,12 @@ def test_the_dump_of_awkward_text_loads_equal(tmp_path: Path, changed: Change, t
 def test_the_dump_says_every_default(recipe: dict[str, Any]) -> None:
     dumped = yaml.safe_load(dump_recipe(build_config(recipe)))
     assert dumped["tracking"] == {"mlflow": "local", "experiment": "xdlm", "parent_run": None}
-    assert dumped["precision"] == {"dtype": "float32"}
+    assert dumped["precision"] == {
+        "dtype": "float32",
+        "fp8": None,
+        "fp8_recipe": "tensorwise",
+        "fp8_param_gather": False,
+        "num_layers_at_start_in_bf16": 0,
+        "num_layers_at_end_in_bf16": 0,
+    }
     assert dumped["model"]["num_query_groups"] is None

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 
-from xdlm_megatron.config import rules
+from xdlm_megatron.config import gpu_rules, rules
 from xdlm_megatron.config.load import ConfigError, build_config
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
+FP8 = {"precision.fp8": "hybrid", "precision.dtype": "bfloat16"}
 WSD = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 11}
 
 # changes of the recipe, what the message names, what mends it
@@ -178,6 +179,113 @@ CONTRADICTIONS = [
         id="stop at the end",
     ),
     pytest.param(
+        {"precision.fp8_param_gather": True},
+        ["precision.fp8_param_gather=True", "no effect without precision.fp8"],
+        FP8,
+        id="FP8 weights without FP8",
+    ),
+    pytest.param(
+        {"model.mcore": {"fp8_dot_product_attention": True}},
+        ["model.mcore.fp8_dot_product_attention", "no effect without precision.fp8"],
+        FP8,
+        id="FP8 attention without FP8",
+    ),
+    pytest.param(
+        FP8 | {"precision.dtype": "float32"},
+        ["precision.fp8=hybrid", "precision.dtype=bfloat16", "float32"],
+        FP8,
+        id="FP8 over float32",
+    ),
+    pytest.param(
+        FP8 | {"model.mcore": {"fp8_margin": 1}},
+        ["model.mcore.fp8_margin", "precision.fp8_recipe=tensorwise", "take delayed"],
+        {"precision.fp8_recipe": "delayed"},
+        id="margin of a scale that is not delayed",
+    ),
+    pytest.param(
+        FP8 | {"precision.fp8_recipe": "delayed", "precision.num_layers_at_end_in_bf16": 1},
+        ["precision.fp8_recipe=delayed", "num_layers_at_end_in_bf16=1", "take tensorwise"],
+        {"precision.fp8_recipe": "tensorwise"},
+        id="delayed scales with layers left out",
+    ),
+    pytest.param(
+        FP8 | {"precision.num_layers_at_start_in_bf16": 3, "precision.num_layers_at_end_in_bf16": 1},
+        ["precision.num_layers_at_start_in_bf16=3", "num_layers_at_end_in_bf16=1", "model.num_layers=4"],
+        {"precision.num_layers_at_start_in_bf16": 2},
+        id="no layer in FP8",
+    ),
+    pytest.param(
+        FP8 | {"precision.fp8_param_gather": True, "optimizer.use_distributed_optimizer": False},
+        ["precision.fp8_param_gather=true", "optimizer.use_distributed_optimizer=true"],
+        {"optimizer.use_distributed_optimizer": True},
+        id="FP8 weights without float32 ones",
+    ),
+    pytest.param(
+        FP8 | {"precision.fp8_param_gather": True, "precision.fp8_recipe": "mxfp8", "data.seq_length": 32},
+        ["precision.fp8_param_gather=true", "precision.fp8_recipe=mxfp8"],
+        {"precision.fp8_recipe": "blockwise"},
+        id="gathered blocks of 32",
+    ),
+    pytest.param(
+        FP8 | {"model.ffn_hidden_size": 72},
+        ["model.ffn_hidden_size=72", "multiple of 16", "precision.fp8_recipe=tensorwise", "64 or 80"],
+        {"model.ffn_hidden_size": 80},
+        id="MLP in FP8",
+    ),
+    pytest.param(
+        FP8
+        | {"model.num_query_groups": 1, "parallel.tensor_model_parallel_size": 1, "model.kv_channels": 12},
+        ["model.num_attention_heads=4 of width 12", "72 with keys and values", "64 or 80"],
+        {"model.num_query_groups": 2},
+        id="heads in FP8",
+    ),
+    pytest.param(
+        FP8 | {"data.seq_length": 24},
+        ["data.seq_length=24", "multiple of 16", "16 or 32"],
+        {"data.seq_length": 32},
+        id="sequence in FP8",
+    ),
+    pytest.param(
+        FP8 | {"data.seq_length": 48, "parallel.context_parallel_size": 2},
+        ["data.seq_length=48 over parallel.context_parallel_size=2", "multiple of 16", "32 or 64"],
+        {"data.seq_length": 64},
+        id="sequence in FP8 over slices",
+    ),
+    pytest.param(
+        FP8 | {"model.transformer_impl": "local"},
+        ["precision.fp8=hybrid", "model.transformer_impl=local"],
+        {"model.transformer_impl": "auto"},
+        id="FP8 by PyTorch",
+    ),
+    pytest.param(
+        {"model.mcore": {"tp_comm_overlap": True}, "parallel.tensor_model_parallel_size": 2},
+        ["model.mcore.tp_comm_overlap=true", "parallel.sequence_parallel=true"],
+        {"parallel.sequence_parallel": True},
+        id="overlapped messages that are not sent",
+    ),
+    pytest.param(
+        {
+            "model.transformer_impl": "transformer_engine",
+            "data.seq_length": 18,
+            "parallel.context_parallel_size": 2,
+        },
+        ["data.seq_length=18 over parallel.context_parallel_size=2", "even"],
+        {"data.seq_length": 20},
+        id="odd slices",
+    ),
+    pytest.param(
+        {"train.fuse_head": "always", "parallel.overlap_grad_reduce": True},
+        ["train.fuse_head=always", "parallel.overlap_grad_reduce=true"],
+        {"train.fuse_head": "auto"},
+        id="a head that backward does not see",
+    ),
+    pytest.param(
+        {"parallel.overlap_param_gather": True},
+        ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
+        {"parallel.overlap_grad_reduce": True},
+        id="overlapped gather alone",
+    ),
+    pytest.param(
         {"tracking.mlflow": "sqlite:///x"},
         ["tracking.mlflow='sqlite:///x'", "'local'", "null"],
         {"tracking.mlflow": "https://host"},
@@ -202,17 +310,19 @@ def test_contradiction(
 
 
 def test_every_rule_has_a_case_above(recipe: dict[str, Any], change_tree: Any) -> None:
-    """Each `yield` of rules.py, by its lines, is reached by some case."""
+    """Each `yield` of the rules, by its lines, is reached by some case."""
+    modules = {module.__file__: module for module in (rules, gpu_rules)}
     yields = {
-        node.lineno: range(node.lineno, node.end_lineno + 1)
-        for node in ast.walk(ast.parse(inspect.getsource(rules)))
+        (file, node.lineno): {(file, line) for line in range(node.lineno, node.end_lineno + 1)}
+        for file, module in modules.items()
+        for node in ast.walk(ast.parse(inspect.getsource(module)))
         if isinstance(node, ast.Yield)
     }
-    reached: set[int] = set()
+    reached: set[tuple[str, int]] = set()
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
-        if frame.f_code.co_filename == rules.__file__:
-            reached.add(frame.f_lineno)
+        if frame.f_code.co_filename in modules:
+            reached.add((frame.f_code.co_filename, frame.f_lineno))
             return trace
         return None
 
@@ -226,7 +336,7 @@ def test_every_rule_has_a_case_above(recipe: dict[str, Any], change_tree: Any) -
         finally:
             sys.settrace(before)
     assert [line for line, lines in yields.items() if reached.isdisjoint(lines)] == []
-    assert len(yields) > 15
+    assert len(yields) > 30
 
 
 def test_the_small_recipe_has_no_contradiction(recipe: dict[str, Any]) -> None:

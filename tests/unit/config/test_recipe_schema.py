@@ -18,7 +18,15 @@ from xdlm_megatron.config.load import ConfigError, build_config, dump_recipe, lo
 from xdlm_megatron.config.schema import RunConfig
 
 # Knobs that only another one allows.
-NEEDS = {"virtual_pipeline_model_parallel_size": {"pipeline_model_parallel_size": 2}}
+NEEDS = {
+    "virtual_pipeline_model_parallel_size": {"pipeline_model_parallel_size": 2},
+    "fp8": {"dtype": "bfloat16"},
+    "fp8_recipe": {"dtype": "bfloat16", "fp8": "e4m3"},
+    "fp8_param_gather": {"dtype": "bfloat16", "fp8": "e4m3"},
+    "num_layers_at_start_in_bf16": {"dtype": "bfloat16", "fp8": "e4m3"},
+    "num_layers_at_end_in_bf16": {"dtype": "bfloat16", "fp8": "e4m3"},
+    "overlap_param_gather": {"overlap_grad_reduce": True},
+}
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 UNIONS = {

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,7 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.unit.model.small import small_config
 from xdlm_megatron.model.attention import SDPAttention
 from xdlm_megatron.model.build import build_model
-from xdlm_megatron.model.layer_spec import core_attention
 from xdlm_megatron.model.transformer_config import build_transformer_config
 from xdlm_megatron.parallel.mesh import Mesh, seed_model_parallel_rng
 
@@ -144,10 +141,3 @@ def test_no_scores_are_kept_or_made(documents: bool, mesh: Mesh) -> None:
     assert largest < 4 * length * length
     for shape in shapes:
         assert shape[-2:] != (length, length), shape
-
-
-def test_cuda_without_transformer_engine_takes_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert importlib.util.find_spec("transformer_engine") is None
-    for dtype in (torch.bfloat16, torch.float32):
-        assert core_attention(dtype) is SDPAttention
