@@ -38,6 +38,9 @@ UNIONS = {
     "sampling": [
         {"kind": "ancestral"},
         {"kind": "confidence"},
+        {"kind": "refine"},
+        {"kind": "remdm"},
+        {"kind": "saber"},
     ],
 }
 
