@@ -22,7 +22,8 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
-	@for recipe in examples/*.yaml; do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
+	@for recipe in $$(grep -L '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
+	@for sweep in $$(grep -l '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron sweep $$sweep --dry-run > /dev/null || exit 1; done
 
 test-unit: $(VENV)/.installed-dev  ## proofs of the maths and unit tests
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slurm"

@@ -92,20 +92,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    if options.draws is not None and not options.choices:
-        return _fail(f"--draws {options.draws} has no effect without --choices; add one, or leave it out")
     config = _load(options)
     import xdlm_megatron.parallel  # noqa: F401
     from xdlm_megatron.evaluation.evaluate import EvaluateOptions, evaluate
-    from xdlm_megatron.evaluation.texts import TextSet
 
-    given = {} if options.draws is None else {"num_draws": options.draws}
-    wanted = EvaluateOptions(
-        discrete_steps=options.discrete_steps,
-        texts=tuple(TextSet(path, rules) for rules, path in options.text),
-        choices=tuple(options.choices),
-        **given,
-    )
+    wanted = EvaluateOptions(discrete_steps=options.discrete_steps)
     evaluate(config, wanted, checkpoint=options.checkpoint, use_ema=not options.no_ema)
     return 0
 
@@ -185,6 +176,20 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from xdlm_megatron.scaling import sweep_run
+    from xdlm_megatron.scaling.sweep import load_sweep
+
+    plan = load_sweep(options.recipe, options.overrides)
+    if options.dry_run:
+        return sweep_run.dry_run(plan)
+    if options.status:
+        return sweep_run.status(plan)
+    if options.local is not None:
+        return sweep_run.run_here(plan, options.local)
+    return sweep_run.submit_missing(plan)
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether this package raised it: what others raise is a bug, and needs its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -235,16 +240,6 @@ _GIB = _number(float, "a positive number of GiB", lambda x: 0 < x < float("inf")
 _FRAMES = _number(int, "0, or at least 2: the start and the end", lambda n: n == 0 or n >= 2)
 
 
-def _text_set(text: str) -> tuple[str, Path]:
-    from xdlm_megatron.data.detokenize import RULES
-
-    rules, equals, path = text.partition("=")
-    if not equals or rules not in RULES:
-        known = ", ".join(RULES)
-        raise argparse.ArgumentTypeError(f"must be RULES=FILE with RULES one of {known} (got '{text}')")
-    return rules, Path(path)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xdlm_megatron", description="Mixed diffusion language models."
@@ -291,6 +286,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--top", type=_COUNT, default=8, help="layouts to show (default 8)")
     plan.add_argument("--json", action="store_true", help="everything as JSON, bytes and seconds")
+    sweep = verb("sweep", _sweep, "many runs from one file, by Slurm or here: starts what is missing")
+    what = sweep.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the runs: tokens, FLOPs, hours, cost")
+    what.add_argument("--status", action="store_true", help="print how far each run is")
+    what.add_argument("--local", type=_COUNT, metavar="N", help="without Slurm: on this machine, N at a time")
     _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser
 
@@ -345,23 +345,6 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="also the exact bound of the chain that T sampling steps and the noise removal make",
     )
-    parser.add_argument(
-        "--text",
-        type=_text_set,
-        action="append",
-        default=[],
-        metavar="RULES=FILE.jsonl",
-        help="this text in place of data.valid_prefix; RULES undo the benchmark's tokens, plain: none",
-    )
-    parser.add_argument(
-        "--choices",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE.jsonl",
-        help="questions to answer by likelihood: {prompt, choices, answer} a line",
-    )
-    parser.add_argument("--draws", type=_COUNT, metavar="N", help="of noise, for each choice (default 128)")
 
 
 def _add_sample_options(parser: argparse.ArgumentParser) -> None:

@@ -9,13 +9,15 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from xdlm_megatron.config.rules import find_contradictions
 from xdlm_megatron.config.schema import RunConfig
+
+T = TypeVar("T")
 
 
 class ConfigError(ValueError):
@@ -62,22 +64,40 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file is missing or not YAML, or any field is unknown, missing, mistyped or in
             contradiction with another one.
     """
+    return build_config(read_tree(path, overrides), source=Path(path).name)
+
+
+def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values of a YAML file with dotted overrides. Raises ConfigError as `load_recipe` does."""
     tree = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(tree, override)
-    return build_config(tree, source=Path(path).name)
+    return tree
+
+
+def with_overrides(config: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """The recipe with dotted overrides. Raises ConfigError as `load_recipe` does."""
+    tree = to_tree(config)
+    for override in overrides:
+        _apply_override(tree, override)
+    return build_config(tree, source=config.run.name)
 
 
 def build_config(tree: dict[str, Any], source: str = "recipe") -> RunConfig:
     """Validates a tree of plain values. Raises ConfigError as `load_recipe` does."""
-    try:
-        config = TypeAdapter(RunConfig).validate_python(tree)
-    except ValidationError as error:
-        raise ConfigError(_report(source, [_explain(e) for e in error.errors()])) from None
+    config = validate(RunConfig, tree, source)
     contradictions = find_contradictions(config)
     if contradictions:
         raise ConfigError(_report(source, contradictions))
     return config
+
+
+def validate(root: type[T], tree: Any, source: str) -> T:
+    """The tree as a `root`, a dataclass of sections. Raises ConfigError with a line for every bad field."""
+    try:
+        return TypeAdapter(root).validate_python(tree)
+    except ValidationError as error:
+        raise ConfigError(_report(source, [_explain(e, root) for e in error.errors()])) from None
 
 
 def to_tree(config: Any) -> dict[str, Any]:
@@ -106,8 +126,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
-    if not equals or not all(keys):
+    if not equals or not all(dotted.split(".")):
         raise ConfigError(
             f"override '{override}': write it as section.field=value, for example train.num_steps=100"
         )
@@ -115,16 +134,20 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"override '{override}': '{text}' is not YAML: {_one_line(error)}") from None
+    set_field(tree, dotted, value, f"override '{override}'")
+
+
+def set_field(tree: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Sets `section.field` in a tree of plain values. Raises ConfigError for a field of a value."""
     node = tree
-    for key in keys[:-1]:
+    *sections, last = dotted.split(".")
+    for key in sections:
         if node.get(key) is None:
             node[key] = {}
         node = node[key]
         if not isinstance(node, dict):
-            raise ConfigError(
-                f"override '{override}': '{key}' is a value, not a section; remove what follows it"
-            )
-    node[keys[-1]] = value
+            raise ConfigError(f"{source}: '{key}' is a value, not a section; remove what follows it")
+    node[last] = value
 
 
 def _one_line(error: Exception) -> str:
@@ -136,11 +159,11 @@ def _report(source: str, problems: Sequence[str]) -> str:
     return "\n".join([f"{source}: {len(problems)} bad {noun}", *(f"  {p}" for p in problems)])
 
 
-def _explain(error: Any) -> str:
+def _explain(error: Any, root: Any) -> str:
     """One line on one of pydantic's errors, without its jargon."""
     location = [str(part) for part in error["loc"]]
-    sections = _sections_at(location)
-    if len(location) > 1 and location[1] in _kinds(location[0]):
+    sections = _sections_at(location, root)
+    if len(location) > 1 and location[1] in _kinds(location[0], root):
         del location[1]  # pydantic names the branch of a union; the recipe does not
     name = ".".join(location)
     match error["type"]:
@@ -154,16 +177,18 @@ def _explain(error: Any) -> str:
         case "dataclass_type" | "model_attributes_type":
             return f"{name}: must be a section of fields (got {error['input']!r})"
         case "union_tag_not_found":
-            return f"{name}.kind: required; choose {_either(_kinds(name))}"
+            return f"{name}.kind: required; choose {_either(_kinds(name, root))}"
         case "union_tag_invalid":
-            return f"{name}.kind: Input should be {_either(_kinds(name))} (got {error['input']['kind']!r})"
+            return (
+                f"{name}.kind: Input should be {_either(_kinds(name, root))} (got {error['input']['kind']!r})"
+            )
         case _:
             return f"{name}: {error['msg']} (got {error['input']!r})"
 
 
-def _sections_at(location: Sequence[str]) -> list[Any]:
+def _sections_at(location: Sequence[str], root: Any) -> list[Any]:
     """The section that holds the field at `location`, pydantic's names of union branches included."""
-    sections: list[Any] = [RunConfig]
+    sections: list[Any] = [root]
     for key in location[:-1]:
         hints = [typing.get_type_hints(s).get(key) for s in sections]
         inner = [member for hint in hints for member in _dataclasses_in(hint)]
@@ -171,9 +196,9 @@ def _sections_at(location: Sequence[str]) -> list[Any]:
     return sections
 
 
-def _kinds(name: str) -> list[str]:
+def _kinds(name: str, root: Any) -> list[str]:
     """The kinds of the union section `name`; none where it is no union."""
-    hint = typing.get_type_hints(RunConfig).get(name)
+    hint = typing.get_type_hints(root).get(name)
     return [kind for member in _dataclasses_in(hint) if (kind := _kind_of(member)) is not None]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron import __version__
-from xdlm_megatron.config.gpu_rules import FP8_MCORE_FIELDS
+from xdlm_megatron.config.identity import FREE_FIELDS, changed_fields, flat
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe, to_tree
 from xdlm_megatron.config.record import ENVIRONMENT
 from xdlm_megatron.config.schema import RunConfig
@@ -20,63 +20,6 @@ from xdlm_megatron.data.indexed import load_manifest
 RECIPE = "recipe.yaml"
 DATA = "data.json"
 
-# A resume that changes one of these would go on as another experiment.
-FIXED_FIELDS = (
-    "run.seed",
-    "diffusion",
-    "model",
-    "precision",
-    "data",
-    "optimizer",
-    "lr_schedule",
-    "train.num_steps",
-    "train.global_batch_size",
-    "train.rampup_batch_size",
-    "train.init_from",
-)
-# Where the same data lies (`check_same_data` looks at what it is), how its vocabulary is padded, who computes
-# the layers and in how many bits, and what of Megatron's fields decides memory, kernels and messages alone
-# may change with the machine or the layout.
-FREE_FIELDS = (
-    "data.train_prefix",
-    "data.valid_prefix",
-    "data.tokenizer",
-    "data.make_vocab_size_divisible_by",
-    "model.transformer_impl",
-    "precision.fp8",
-    "precision.fp8_recipe",
-    "precision.fp8_param_gather",
-    "precision.num_layers_at_start_in_bf16",
-    "precision.num_layers_at_end_in_bf16",
-    *(
-        f"model.mcore.{name}"
-        for name in (
-            "recompute_granularity",
-            "recompute_method",
-            "recompute_num_layers",
-            "recompute_modules",
-            "distribute_saved_activations",
-            "num_microbatches_with_partial_activation_checkpoints",
-            "deallocate_pipeline_outputs",
-            "apply_rope_fusion",
-            "bias_activation_fusion",
-            "bias_dropout_fusion",
-            "gradient_accumulation_fusion",
-            "deterministic_mode",
-            "batch_p2p_comm",
-            "batch_p2p_sync",
-            "overlap_p2p_comm",
-            "microbatch_group_size_per_vp_stage",
-            "tp_comm_overlap",
-            "cpu_offloading",
-            "cpu_offloading_num_layers",
-            "cpu_offloading_activations",
-            "cpu_offloading_weights",
-            "cuda_graph_impl",
-            *FP8_MCORE_FIELDS,
-        )
-    ),
-)
 # Of `model`, how it learns: a run with other values may begin with its weights.
 LEARNING_FIELDS = (
     "model.hidden_dropout",
@@ -119,13 +62,9 @@ def check_same_experiment(folder: Path, config: RunConfig) -> None:
     Raises:
         ConfigError: maths, model, data or seed differ; names each field with both values.
     """
-    before, now = _flat(to_tree(load_recipe(folder / RECIPE))), _flat(to_tree(config))
     changed = [
-        f"  {name}: was {before.get(name)!r}, now {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and name not in FREE_FIELDS
-        and any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED_FIELDS)
+        f"  {name}: was {before!r}, now {now!r}"
+        for name, before, now in changed_fields(load_recipe(folder / RECIPE), config)
     ]
     if changed:
         cure = "change them back, or start a new run by another run.name"
@@ -142,7 +81,7 @@ def check_same_network(config: RunConfig, saved: dict[str, Any], path: Path) -> 
     Raises:
         ConfigError: it computes something else; names each field with both values.
     """
-    before, now = _flat(saved), _flat(to_tree(config))
+    before, now = flat(saved), flat(to_tree(config))
     changed = [
         f"  {name}: there {before.get(name)!r}, in the recipe {now.get(name)!r}"
         for name in sorted(before.keys() | now.keys())
@@ -233,18 +172,3 @@ def _show(data: dict[str, Any] | None) -> str:
         return "null"
     sums = ", ".join(f"{kind} {checksum[:12]}" for kind, checksum in sorted(data["sha256"].items()))
     return f"{data['prefix']} (sha256 of {sums})"
-
-
-def _flat(tree: dict[str, Any]) -> dict[str, Any]:
-    """Fields by dotted name; an empty section has none."""
-    flat: dict[str, Any] = {}
-
-    def walk(prefix: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            flat[prefix] = value
-
-    walk("", tree)
-    return flat

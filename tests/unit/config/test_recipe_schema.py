@@ -28,7 +28,8 @@ NEEDS = {
     "overlap_param_gather": {"overlap_grad_reduce": True},
 }
 Change = Callable[[dict[str, Any]], dict[str, Any]]
-EXAMPLES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+FILES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
+EXAMPLES = [path for path in FILES if "\nsweep:" not in path.read_text()]
 UNIONS = {
     "lr_schedule": [
         {"kind": "constant"},
@@ -38,9 +39,6 @@ UNIONS = {
     "sampling": [
         {"kind": "ancestral"},
         {"kind": "confidence"},
-        {"kind": "refine"},
-        {"kind": "remdm"},
-        {"kind": "saber"},
     ],
 }
 

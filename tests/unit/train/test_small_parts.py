@@ -13,11 +13,11 @@ import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from tests.unit.model.small import RECIPE, small_config
+from xdlm_megatron.config.identity import FREE_FIELDS
 from xdlm_megatron.config.load import ConfigError, load_recipe
 from xdlm_megatron.config.record import recipe_hash
 from xdlm_megatron.config.rules import FIXED_MCORE_FIELDS, OWNED_MCORE_FIELDS
 from xdlm_megatron.train.provenance import (
-    FREE_FIELDS,
     check_same_experiment,
     record_start,
     write_recipe,

@@ -1,0 +1,94 @@
+"""What of a recipe makes it this experiment, and what may change while it goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from xdlm_megatron.config.gpu_rules import FP8_MCORE_FIELDS
+from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.schema import RunConfig
+
+# A resume that changes one of these would go on as another experiment.
+FIXED_FIELDS = (
+    "run.seed",
+    "diffusion",
+    "model",
+    "precision",
+    "data",
+    "optimizer",
+    "lr_schedule",
+    "train.num_steps",
+    "train.global_batch_size",
+    "train.rampup_batch_size",
+    "train.init_from",
+)
+# Where the same data lies (`check_same_data` looks at what it is), how its vocabulary is padded, who computes
+# the layers and in how many bits, and what of Megatron's fields decides memory, kernels and messages alone
+# may change with the machine or the layout.
+FREE_FIELDS = (
+    "data.train_prefix",
+    "data.valid_prefix",
+    "data.tokenizer",
+    "data.make_vocab_size_divisible_by",
+    "model.transformer_impl",
+    "precision.fp8",
+    "precision.fp8_recipe",
+    "precision.fp8_param_gather",
+    "precision.num_layers_at_start_in_bf16",
+    "precision.num_layers_at_end_in_bf16",
+    *(
+        f"model.mcore.{name}"
+        for name in (
+            "recompute_granularity",
+            "recompute_method",
+            "recompute_num_layers",
+            "recompute_modules",
+            "distribute_saved_activations",
+            "num_microbatches_with_partial_activation_checkpoints",
+            "deallocate_pipeline_outputs",
+            "apply_rope_fusion",
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "gradient_accumulation_fusion",
+            "deterministic_mode",
+            "batch_p2p_comm",
+            "batch_p2p_sync",
+            "overlap_p2p_comm",
+            "microbatch_group_size_per_vp_stage",
+            "tp_comm_overlap",
+            "cpu_offloading",
+            "cpu_offloading_num_layers",
+            "cpu_offloading_activations",
+            "cpu_offloading_weights",
+            "cuda_graph_impl",
+            *FP8_MCORE_FIELDS,
+        )
+    ),
+)
+
+
+def changed_fields(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
+    """(field, value before, value now) of every field with which it is another experiment; none: the same."""
+    old, new = flat(to_tree(before)), flat(to_tree(now))
+    return [
+        (name, old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and name not in FREE_FIELDS
+        and any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED_FIELDS)
+    ]
+
+
+def flat(tree: dict[str, Any]) -> dict[str, Any]:
+    """Fields by dotted name; an empty section has none."""
+    fields: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            fields[prefix] = value
+
+    walk("", tree)
+    return fields

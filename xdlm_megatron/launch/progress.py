@@ -1,0 +1,41 @@
+"""How far a run is, by what its folder says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_TAIL_BYTES = 1 << 14
+
+
+def outcome(folder: Path) -> str:
+    """The line of the file `outcome` (train/ending.py): how the last start ended; "" before that."""
+    try:
+        return (folder / "outcome").read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        return ""
+
+
+def is_finished(folder: Path) -> bool:
+    return outcome(folder).startswith("finished")
+
+
+def last_records(folder: Path) -> list[dict[str, Any]]:
+    """The last whole lines of metrics.jsonl; cheap however long the file is."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _TAIL_BYTES))
+            cut = file.tell() > 0
+            lines = file.read().split(b"\n")
+    except FileNotFoundError:
+        return []
+    return [
+        json.loads(line) for line in lines[int(cut) : -1]
+    ]  # behind the last newline: half a line, or none
+
+
+def last_step(folder: Path) -> int:
+    records = last_records(folder)
+    return int(records[-1]["step"]) if records else 0

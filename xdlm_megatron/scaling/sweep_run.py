@@ -1,0 +1,143 @@
+"""The verb `sweep`: what would be run, how far it is, and what is missing started, here or by Slurm."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from xdlm_megatron.config.identity import changed_fields
+from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe
+from xdlm_megatron.launch.attempt import FAILED, SweepFolder
+from xdlm_megatron.launch.gpus import GPUS
+from xdlm_megatron.launch.local import LocalRuns
+from xdlm_megatron.launch.submit import Resources, SubmitError, active_runs, share, submit, submitting
+from xdlm_megatron.scaling.sweep import SweepPlan
+from xdlm_megatron.scaling.sweep_state import FINISHED, TO_DO, RunState, read_states
+from xdlm_megatron.scaling.sweep_table import plan_table, status_table, summary
+
+
+def dry_run(plan: SweepPlan) -> int:
+    """Prints the runs."""
+    print(plan_table(plan))
+    return 0
+
+
+def status(plan: SweepPlan) -> int:
+    """Prints how far each run is; without an answer from Slurm, by the files alone."""
+    folder = SweepFolder(plan.folder)
+    queue: Mapping[str, str] = {}
+    try:
+        queue = active_runs(folder)
+    except SubmitError as error:
+        print(f"without Slurm's queue: {error}", file=sys.stderr)
+    print(status_table(plan.name, read_states(folder, plan.points, queue)))
+    return 0
+
+
+def run_here(plan: SweepPlan, at_once: int) -> int:
+    """Trains on this machine what is not finished; the exit status is 1 where a run failed."""
+    folder = _prepare(plan)
+    queue = active_runs(folder)
+    if queue:
+        raise SubmitError(
+            f"Slurm has {len(queue)} of the runs ({next(iter(queue))}, ...); scancel them, or wait"
+        )
+    states = read_states(folder, plan.points, {})
+    todo = [state.point for state in states if state.state != FINISHED]
+    runs = LocalRuns(folder, {point.name: point.world for point in todo}, at_once)
+    with _bar(states) as bar:
+        statuses = runs.run(lambda: _show(bar, read_states(folder, plan.points, {})))
+    states = read_states(folder, plan.points, {})
+    failed = [state for state in states if statuses.get(state.point.name, 0) > 0 and state.state != FINISHED]
+    print(summary(plan.name, states))
+    for state in failed:
+        print(f"error: {state.point.name}: {state.remark}", file=sys.stderr)
+    unfinished = len(states) - sum(state.state == FINISHED for state in states)
+    if unfinished:
+        print(f"{unfinished} runs are not finished; call it again to go on", file=sys.stderr)
+    return FAILED if unfinished else 0
+
+
+def submit_missing(plan: SweepPlan) -> int:
+    """Submits what is neither finished nor in Slurm's hands; one array for each number of processes."""
+    folder = _prepare(plan)
+    with submitting(folder):
+        states = read_states(folder, plan.points, active_runs(folder))
+        arrays: dict[int, list[str]] = {}
+        for state in states:
+            if state.state in TO_DO:
+                arrays.setdefault(state.point.world, []).append(state.point.name)
+        caps = share(plan.sweep.max_jobs, {world: len(names) for world, names in arrays.items()})
+        for world, names in arrays.items():
+            jobs = submit(folder, names, _resources(plan, world), caps[world])
+            print(
+                f"submitted {len(names)} runs of {world} processes, {caps[world]} at a time: "
+                f"job {', '.join(jobs)}"
+            )
+        print(summary(plan.name, read_states(folder, plan.points, active_runs(folder))))
+    return 0
+
+
+def _resources(plan: SweepPlan, world: int) -> Resources:
+    sweep = plan.sweep
+    per_node = GPUS[sweep.gpu].per_node if sweep.gpu else world
+    if world > per_node and world % per_node:
+        raise ConfigError(f"sweep.gpus: {world} GPUs are no whole number of nodes of {per_node}; change it")
+    nodes = max(1, world // per_node)
+    return Resources(
+        nodes=nodes,
+        tasks_per_node=world // nodes,
+        gpus=sweep.gpu is not None,
+        minutes=max(1, round(60 * sweep.hours)),
+        options=tuple(sweep.sbatch.items()),
+    )
+
+
+def _prepare(plan: SweepPlan) -> SweepFolder:
+    """The sweep's folder with every run's recipe. Raises ConfigError where a run began with another one."""
+    folder = SweepFolder(plan.folder)
+    for point in plan.points:
+        begun = folder.run(point.name) / "recipe.yaml"
+        changed = changed_fields(load_recipe(begun), point.config) if begun.exists() else []
+        if changed:
+            name, before, now = changed[0]
+            raise ConfigError(
+                f"{folder.run(point.name)} began with {name}={before!r}, now it is {now!r} (one of "
+                f"{len(changed)} changes); change it back, or give the sweep another run.name"
+            )
+    folder.make()
+    for point in plan.points:
+        text = dump_recipe(point.config)
+        path = folder.recipe(point.name)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            aside = path.with_suffix(f".{os.getpid()}.tmp")
+            aside.write_text(text, encoding="utf-8")
+            aside.rename(path)
+    return folder
+
+
+def _bar(states: Sequence[RunState]) -> tqdm[Any]:
+    """FLOPs of all runs, with their rate and the time left; on a terminal only."""
+    return tqdm(
+        total=sum(state.point.flops for state in states),
+        initial=sum(state.share * state.point.flops for state in states),
+        unit="FLOP",
+        unit_scale=True,
+        disable=None,
+        smoothing=0.05,
+        dynamic_ncols=True,
+    )
+
+
+def _show(bar: tqdm[Any], states: Sequence[RunState]) -> None:
+    finished = sum(state.state == FINISHED for state in states)
+    if bar.disable:
+        return
+    running = [state.point.name for state in states if state.state == "running"]
+    bar.set_description_str(f"{finished}/{len(states)} runs", refresh=False)
+    bar.set_postfix_str(", ".join(running), refresh=False)
+    bar.update(sum(state.share * state.point.flops for state in states) - bar.n)
