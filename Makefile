@@ -22,6 +22,8 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/shellcheck tools/*.sh
 	@for recipe in $$(grep -L '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
 	@for sweep in $$(grep -l '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron sweep $$sweep --dry-run > /dev/null || exit 1; done
 

