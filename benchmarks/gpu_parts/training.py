@@ -20,7 +20,9 @@ TINY = (  # a rehearsal's sizes, and what a CPU can compute
     "train.global_batch_size=4",
 )
 FLOAT32, BF16 = "precision={dtype: float32}", "precision={dtype: bfloat16}"
-FP8 = "precision.fp8=hybrid"
+FP8 = (  # as the FP8 recipes of examples/ have it
+    "precision={dtype: bfloat16, fp8: hybrid, num_layers_at_start_in_bf16: 1, num_layers_at_end_in_bf16: 1}"
+)
 
 
 def prepare(work: Path, name: str, recipe: str, is_tiny: bool, overrides: Sequence[str]) -> list[str]:
