@@ -13,6 +13,7 @@ from xdlm_megatron.config.load import ConfigError, load_recipe
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.scaling.from_mlflow import RECIPE, read_store
 from xdlm_megatron.scaling.points import Collection, Point, Skipped
+from xdlm_megatron.scaling.to_mlflow import Sweep, sweep_of
 from xdlm_megatron.tracking.jsonl import read_metrics
 from xdlm_megatron.tracking.shipping import METRICS_FILE
 
@@ -54,10 +55,11 @@ def collect_runs(paths: Sequence[str | Path], count: Count, metric: str = HELD_O
             config = load_recipe(folder / RECIPE)
             records = read_metrics(folder / METRICS_FILE)
             point = run_point(str(folder), config, records, count, metric)
+            sweep = sweep_of(folder, config)
         except (ConfigError, ValueError, OSError) as error:
             collection.skipped.append(Skipped(str(folder), " ".join(str(error).split())))
         else:
-            collection.add(point, str(folder))
+            collection.add(point, str(folder), sweep)
     return collection
 
 
@@ -136,7 +138,8 @@ def collect_mlflow(uri: str, experiment: str, count: Count, metric: str = HELD_O
         except (ConfigError, ValueError) as error:
             collection.skipped.append(Skipped(name, " ".join(str(error).split())))
         else:
-            collection.add(point, name)
+            parent = config.tracking.parent_run
+            collection.add(point, name, None if parent is None else Sweep(uri, experiment, parent))
     return collection
 
 

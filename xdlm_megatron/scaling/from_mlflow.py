@@ -9,6 +9,9 @@ from typing import Any
 
 from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.tracking.parent import NAME_TAG
+from xdlm_megatron.tracking.store import checked_uri, connect
+from xdlm_megatron.tracking.tracker import one_line
 
 RECIPE = "recipe.yaml"
 
@@ -17,10 +20,11 @@ Read = Callable[[], tuple[RunConfig, list[dict[str, Any]]]]
 
 def read_store(uri: str, experiment: str, metric: str) -> Iterator[tuple[str, Read]]:
     """Name of each run and a function that reads it. Raises ValueError where there is no such experiment."""
-    from mlflow import MlflowClient  # seconds to import
-
-    client = MlflowClient(tracking_uri=uri)
-    found = client.get_experiment_by_name(experiment)
+    client = connect(checked_uri(uri))
+    try:
+        found = client.get_experiment_by_name(experiment)
+    except Exception as error:  # MLflow's stores raise their own, requests' and the database's errors
+        raise ValueError(f"{uri} does not answer as an MLflow store: {one_line(error)}") from error
     if found is None:
         names = ", ".join(sorted(e.name for e in client.search_experiments())) or "none"
         raise ValueError(f"{uri} has no experiment {experiment!r} (it has {names}); give --experiment")
@@ -28,6 +32,8 @@ def read_store(uri: str, experiment: str, metric: str) -> Iterator[tuple[str, Re
     while True:
         page = client.search_runs([found.experiment_id], max_results=500, page_token=token)
         for run in page:
+            if NAME_TAG in run.data.tags:  # a sweep's, not a run that trained
+                continue
             yield f"{run.info.run_name} ({run.info.run_id[:8]})", partial(_read, client, run, metric)
         token = page.token
         if not token:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from xdlm_megatron.scaling.to_mlflow import Sweep
+
 Array = NDArray[np.float64]
 
 
@@ -33,17 +35,22 @@ class Skipped:
 
 @dataclass
 class Collection:
-    """All that was read. notes: what a reader of the fit must know of how it was counted."""
+    """All that was read. notes: what a reader of the fit must know of how it was counted.
+
+    sweeps: those that points come from; None: some come from none.
+    """
 
     points: list[Point] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    sweeps: set[Sweep | None] = field(default_factory=set)
 
-    def add(self, point: Point, source: str) -> None:
+    def add(self, point: Point, source: str, sweep: Sweep | None = None) -> None:
         """Takes the point, or notes why it cannot be one."""
         reason = _flaw(point)
         if reason is None:
             self.points.append(point)
+            self.sweeps.add(sweep)
         else:
             self.skipped.append(Skipped(source, reason))
 

@@ -19,6 +19,7 @@ from xdlm_megatron.scaling.fit import Options, SeriesFit, fit_series, num_refits
 from xdlm_megatron.scaling.plot import draw_all, save
 from xdlm_megatron.scaling.points import Collection
 from xdlm_megatron.scaling.report import dump_json, terminal_table, to_json, write_html
+from xdlm_megatron.scaling.to_mlflow import log_fit
 from xdlm_megatron.scaling.verdict import Verdict, judge
 
 
@@ -95,9 +96,12 @@ def write(result: Result, folder: Path, options: Options) -> list[Path]:
 
 
 def run(sources: Sources, options: Options, folder: Path) -> None:
-    """All of it, and the table on stdout."""
+    """All of it, and the table on stdout; the fit of one sweep's runs goes to the sweep's MLflow run too."""
     collection = collect(sources)
     result = fit(collection, options, show_progress=True)
     written = write(result, folder, options)
     print(terminal_table(result.series, result.verdicts, collection, options.level))
     print(f"\nwrote {folder}/: {', '.join(path.name for path in written)}")
+    if len(collection.sweeps) == 1 and (sweep := next(iter(collection.sweeps))) is not None:
+        tree = to_json(result.series, result.verdicts, collection, options)
+        print(log_fit(sweep, tree, written))

@@ -14,7 +14,8 @@ from typing import Any
 from xdlm_megatron.tracking.store import open_experiment
 
 PARENT_ID_TAG = "mlflow.parentRunId"  # of a child: what MLflow's pages nest by
-_NAME_TAG, _STATE_TAG, _KEPT = "xdlm.parent_run", "xdlm.parent_state", "kept"
+NAME_TAG = "xdlm.parent_run"  # of a parent
+_STATE_TAG, _KEPT = "xdlm.parent_state", "kept"
 
 STALE_SECONDS = 60.0  # a candidate that is neither kept nor withdrawn by then: its maker has died
 _LONGEST_WAIT_SECONDS = 4.0
@@ -35,7 +36,7 @@ def find_or_create_parent(client: Any, experiment_id: str, name: str) -> str:
             if time.monotonic() - seen.setdefault(run.info.run_id, time.monotonic()) > STALE_SECONDS:
                 client.delete_run(run.info.run_id)  # were it alive after all, it could not be kept any more
         if not runs:
-            mine = client.create_run(experiment_id, run_name=name, tags={_NAME_TAG: name}).info.run_id
+            mine = client.create_run(experiment_id, run_name=name, tags={NAME_TAG: name}).info.run_id
             if [run.info.run_id for run in _candidates(client, experiment_id, name)] == [mine]:
                 client.set_tag(mine, _STATE_TAG, _KEPT)
                 return str(mine)
@@ -45,7 +46,7 @@ def find_or_create_parent(client: Any, experiment_id: str, name: str) -> str:
 
 
 def _candidates(client: Any, experiment_id: str, name: str) -> list[Any]:
-    return list(client.search_runs([experiment_id], filter_string=f"tags.`{_NAME_TAG}` = '{name}'"))
+    return list(client.search_runs([experiment_id], filter_string=f"tags.`{NAME_TAG}` = '{name}'"))
 
 
 def follow_children(client: Any, experiment_id: str, parent_id: str) -> None:

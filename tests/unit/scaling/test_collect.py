@@ -14,6 +14,7 @@ from xdlm_megatron.config.load import dump_recipe
 from xdlm_megatron.scaling.collect import HELD_OUT_LOSS, collect_mlflow, collect_runs, collect_table
 from xdlm_megatron.scaling.run import Sources, collect
 from xdlm_megatron.tracking.jsonl import encode_line
+from xdlm_megatron.tracking.parent import find_or_create_parent
 
 
 def make_run(folder: Path, losses: dict[int, float], **sections: dict[str, Any]) -> Path:
@@ -171,6 +172,7 @@ def test_an_mlflow_store_gives_the_same_points(tmp_path: Path) -> None:
         for step, loss in losses.items():
             client.log_metric(run, HELD_OUT_LOSS, loss, step=step)
     client.create_run(experiment, run_name="empty")
+    find_or_create_parent(client, experiment, "ladder")
     found = collect_mlflow(uri, "ladder", "total")
     (reference,) = collect_runs([tmp_path / "runs/done"], "total").points
     (point,) = found.points
@@ -178,5 +180,6 @@ def test_an_mlflow_store_gives_the_same_points(tmp_path: Path) -> None:
     reasons = {row.source.split()[0]: row.reason for row in found.skipped}
     assert reasons["stopped"] == "not finished: step 5 of 10"
     assert "has no artifact recipe.yaml" in reasons["empty"]
+    assert set(reasons) == {"stopped", "empty"}
     with pytest.raises(ValueError, match="has no experiment 'other'"):
         collect_mlflow(uri, "other", "total")

@@ -34,21 +34,21 @@ def make_child(folder: Path, uri: str, experiment: str, parent_run: str | None =
 
 
 class AllAtOnce:
-    """A client whose first candidate waits until everybody has made one."""
+    """A client that waits for everybody after its first search and after its first candidate."""
 
     def __init__(self, client: Any, everybody: threading.Barrier) -> None:
         self._client, self._everybody = client, everybody
-        self._waits = True
+        self._waits_at = {"search_runs", "create_run"}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._client, name)
+        def call(*arguments: Any, **options: Any) -> Any:
+            answer = getattr(self._client, name)(*arguments, **options)
+            if name in self._waits_at:
+                self._waits_at.remove(name)
+                self._everybody.wait(120)
+            return answer
 
-    def create_run(self, *arguments: Any, **options: Any) -> Any:
-        run = self._client.create_run(*arguments, **options)
-        if self._waits:
-            self._waits = False
-            self._everybody.wait(30)
-        return run
+        return call
 
 
 def test_all_who_come_at_once_get_the_same_parent(store_uri: str) -> None:
@@ -64,7 +64,7 @@ def test_all_who_come_at_once_get_the_same_parent(store_uri: str) -> None:
 
 def test_a_candidate_whose_maker_died_is_removed(store_uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     client, experiment_id = open_experiment(store_uri, "stale")
-    dead = client.create_run(experiment_id, tags={parent._NAME_TAG: "ladder"}).info.run_id
+    dead = client.create_run(experiment_id, tags={parent.NAME_TAG: "ladder"}).info.run_id
     monkeypatch.setattr(parent, "STALE_SECONDS", 0.3)
     kept = find_or_create_parent(client, experiment_id, "ladder")
     assert kept != dead
