@@ -23,7 +23,7 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 	$(BIN)/lint-imports
 	$(BIN)/codespell
 	$(BIN)/hadolint Dockerfile
-	$(BIN)/shellcheck tools/*.sh
+	$(BIN)/shellcheck tools/*.sh slurm/*.sh
 	@for recipe in $$(grep -L '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron show-config $$recipe > /dev/null || exit 1; done
 	@for sweep in $$(grep -l '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron sweep $$sweep --dry-run > /dev/null || exit 1; done
 
@@ -37,11 +37,12 @@ test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
 	$(BIN)/python -m pytest -m distributed tests/distributed/test_layouts.py  # alone: its table is printed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed --ignore tests/distributed/test_layouts.py
 
-test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ on a real Slurm, which root installs by apt-get
-	@command -v slurmctld munged shellcheck > /dev/null || \
-	  { apt-get -qq update && apt-get -qq install -y --no-install-recommends slurm-wlm munge shellcheck; }
-	shellcheck slurm/*.sh
-	$(BIN)/python -m pytest -m slurm
+test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ and sweeps on a real Slurm, which root installs by apt-get
+	@missing=; for program in slurmctld slurmd srun munged; do command -v $$program > /dev/null || missing=yes; done; \
+	  if [ "$$missing" = yes ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge > /dev/null; fi || \
+	  echo "apt-get cannot install Slurm, see above" >&2
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py
@@ -80,7 +81,7 @@ $(VENV)/.installed: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: setup.py $(CONSTRAINTS) | $(VENV)/bin/python
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[dev,slurm]"
 	@touch $@ $(VENV)/.installed
 
 clean:  ## forget the environment and the caches; runs and data stay

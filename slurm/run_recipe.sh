@@ -32,7 +32,7 @@ restart=${SLURM_RESTART_COUNT:-0}
 # The time limit (sbatch --signal=B:USR1@SECONDS) and `scancel --batch --signal=USR1 JOB` reach this shell, which
 # passes them on: the processes save and end.
 asked="" training=""
-# shellcheck disable=SC2317  # the trap calls it
+# shellcheck disable=SC2317,SC2329  # the trap calls it
 ask() {
     asked=yes
     say "asked to save and be requeued"

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "unshare")
+NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
 PACKAGES = ("slurm-wlm", "munge")
 KILL_WAIT_SECONDS = 5
 NODE_TIMEOUT_SECONDS = 30  # a node that does not answer is down by then; a loaded machine is slow to answer
@@ -62,9 +62,13 @@ GresTypes=gpu
 
 
 def missing_programs() -> list[str]:
-    """What a mini Slurm needs and this machine lacks, root included."""
+    """What a mini Slurm needs and this machine lacks, root and the right to make namespaces included."""
     missing = [name for name in NEEDED if shutil.which(name) is None]
-    return missing if os.geteuid() == 0 else [*missing, "root"]
+    if os.geteuid() != 0:
+        missing.append("root")
+    elif shutil.which("unshare") and subprocess.run(["unshare", "--uts", "--mount", "true"]).returncode:
+        missing.append("the right to make namespaces")
+    return missing
 
 
 class MiniSlurm:
