@@ -23,6 +23,9 @@ FP8_MCORE_FIELDS = (*DELAYED_MCORE_FIELDS, "fp8_dot_product_attention", "fp8_mul
 # Fields of TransformerConfig that only Transformer Engine's layers read.
 ENGINE_MCORE_FIELDS = ("tp_comm_overlap", "cpu_offloading")
 
+# Fields of TransformerConfig for training alone.
+TRAINING_MCORE_FIELDS = (*ENGINE_MCORE_FIELDS, "cpu_offloading_num_layers", "cuda_graph_impl")
+
 
 def find_gpu_contradictions(config: RunConfig) -> Iterator[str]:
     yield from _fp8_knobs(config)
@@ -30,6 +33,8 @@ def find_gpu_contradictions(config: RunConfig) -> Iterator[str]:
         yield from _fp8_shapes(config)
     yield from _engine_knobs(config)
     yield from _overlap_knobs(config)
+    if config.model.mcore.get("cuda_graph_impl", "none") != "none":
+        yield from _graph_knobs(config)
 
 
 def _fp8_knobs(config: RunConfig) -> Iterator[str]:
@@ -123,6 +128,13 @@ def _engine_knobs(config: RunConfig) -> Iterator[str]:
             "model.mcore.tp_comm_overlap=true overlaps the messages of "
             "parallel.sequence_parallel=true, which is false; set that, or remove it"
         )
+    if model.mcore.get("cpu_offloading"):
+        for name, on in (
+            ("model.mcore.recompute_granularity", model.mcore.get("recompute_granularity") is not None),
+            ("parallel.pipeline_model_parallel_size above 1", parallel.pipeline_model_parallel_size > 1),
+        ):
+            if on:
+                yield f"model.mcore.cpu_offloading=true does not go with {name}; remove one of them"
     slices = parallel.context_parallel_size
     if (
         model.transformer_impl == "transformer_engine"
@@ -149,3 +161,28 @@ def _overlap_knobs(config: RunConfig) -> Iterator[str]:
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true and "
             "optimizer.use_distributed_optimizer=true; set both, or turn it off"
         )
+
+
+def _graph_knobs(config: RunConfig) -> Iterator[str]:
+    """A captured layer is replayed as it was: the same shapes, arguments and order."""
+    impl = f"model.mcore.cuda_graph_impl={config.model.mcore['cuda_graph_impl']}"
+    if config.model.mcore["cuda_graph_impl"] != "local":
+        yield f"{impl} is not offered; take local, which captures each layer, or none"
+    if config.parallel.pipeline_model_parallel_size > 1:
+        yield (
+            f"{impl} captures a layer once for each micro-batch of a pipeline and evaluation has others: "
+            "parallel.pipeline_model_parallel_size must be 1; set it, or take none"
+        )
+    if config.model.hidden_dropout or config.model.attention_dropout:
+        yield (
+            f"{impl} cannot seed dropout anew each step; set model.hidden_dropout and "
+            "model.attention_dropout to 0, or take none"
+        )
+    if config.data.random_length_fraction and config.data.packing == "stream":
+        yield (
+            f"{impl} needs a mask in every micro-batch or in none, and data.random_length_fraction="
+            f"{config.data.random_length_fraction} at data.packing=stream has both; set it to 0, or take none"
+        )
+    for name in ("cpu_offloading", "recompute_granularity"):
+        if config.model.mcore.get(name):
+            yield f"{impl} does not go with model.mcore.{name}; remove one of them"

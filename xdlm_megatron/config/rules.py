@@ -53,6 +53,8 @@ FIXED_MCORE_FIELDS = {
         "the attention kernel does not read it",
     ),
     "expert_model_parallel_size": "experts are not supported yet",
+    "cuda_graph_scope": "whole layers are captured",
+    **dict.fromkeys(("enable_cuda_graph", "external_cuda_graph"), "cuda_graph_impl took its place"),
 }
 
 

@@ -219,6 +219,8 @@ class Train:
     """Head and loss together, without a micro-batch's logits: always, never, or auto (where that pays)."""
     kernels: Literal["auto", "cuda", "reference"] = "auto"
     """Loss and sampling by CUDA kernels (cuda), by PyTorch (reference), or by what the GPU can run (auto)."""
+    compile: Flag = False
+    """Random numbers of the noise by torch.compile: one kernel for the 120 of PyTorch, the same bits."""
     log_interval: PositiveInt = 10
     """Steps between logged lines."""
     max_skipped_steps: PositiveInt = 10

@@ -13,7 +13,7 @@ from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.data.packing import PackedDataset, Packing, PaddedDataset
 from xdlm_megatron.data.sampler import ShuffledIndex, SpreadIndex
-from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.diffusion.counter_rng import Stream, compiled_philox, philox
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import SCHEDULES, Schedule
 
@@ -22,7 +22,9 @@ WHOLE = slice(None)
 
 def build_noise(config: RunConfig) -> StationaryNoise:
     """The recipe's noise kernel."""
-    return StationaryNoise(config.diffusion.uniform_ratio, config.data.vocab_size, config.data.mask_id)
+    words = compiled_philox() if config.train.compile else philox
+    ratio, data = config.diffusion.uniform_ratio, config.data
+    return StationaryNoise(ratio, data.vocab_size, data.mask_id, words=words)
 
 
 def build_schedule(section: Diffusion) -> Schedule:

@@ -7,6 +7,8 @@ says which sample, position, step and draw is meant.
 Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
 
+import functools
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
@@ -34,7 +36,24 @@ class Stream(IntEnum):
     LENGTH = 6
 
 
-def philox(key: Key, counter: tuple[Word, Word, Word, Word]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def wrapping_product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a product of 32-bit words; its 64 bits wrap around in int64."""
+    product = word * multiplier
+    return (product >> 32) & LOW_32_BITS, product & LOW_32_BITS
+
+
+def split_product(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
+    """The same within 49 bits, for compilers: to C++ an overflow is undefined."""
+    below, above = (word & 0xFFFF) * multiplier, (word >> 16) * multiplier
+    below = below + ((above & 0xFFFF) << 16)
+    return (above >> 16) + (below >> 32), below & LOW_32_BITS
+
+
+def philox(
+    key: Key,
+    counter: tuple[Word, Word, Word, Word],
+    product: Callable[[Tensor, int], tuple[Tensor, Tensor]] = wrapping_product,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words for every counter.
 
     key: two words in [0, 2^32), (seed, stream). counter: four words in [0, 2^32), ints or int64 tensors
@@ -49,12 +68,15 @@ def philox(key: Key, counter: tuple[Word, Word, Word, Word]) -> tuple[Tensor, Te
     words = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter]
     c0, c1, c2, c3 = torch.broadcast_tensors(*words)
     for _ in range(ROUNDS):
-        # The 64-bit products wrap around in int64; masking after the shift recovers the unsigned halves.
-        product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        high0, high1 = (product0 >> 32) & LOW_32_BITS, (product1 >> 32) & LOW_32_BITS
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, product1 & LOW_32_BITS, high0 ^ c3 ^ k1, product0 & LOW_32_BITS
+        (high0, low0), (high1, low1) = product(c0, MULTIPLIERS[0]), product(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = (k0 + WEYL[0]) & LOW_32_BITS, (k1 + WEYL[1]) & LOW_32_BITS
     return c0, c1, c2, c3
+
+
+def compiled_philox() -> Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """philox(key, counter) as one kernel of torch.compile's: the same words."""
+    return torch.compile(functools.partial(philox, product=split_product), dynamic=False, fullgraph=True)
 
 
 def uniform(key: Key, counter: tuple[Word, Word, Word, Word]) -> Tensor:

@@ -7,7 +7,8 @@ in the authors' code.
 Shape suffixes: B batch, S sequence, V vocabulary.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,12 +24,13 @@ class StationaryNoise:
 
     uniform_ratio: k of the paper (k1 in its code), the share of noise that is uniform: 0 is MDLM, 1 is UDLM.
     vocab_size: V, number of states, the mask included. mask_id: the mask's id; None only at uniform_ratio 1.
-    Raises ValueError on values outside these rules.
+    words: philox, or another form of it with the same words. Raises ValueError on values outside these rules.
     """
 
     uniform_ratio: float
     vocab_size: int
     mask_id: int | None
+    words: Callable[..., tuple[Tensor, ...]] = field(default=philox, kw_only=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         k, V, mask_id = self.uniform_ratio, self.vocab_size, self.mask_id
@@ -79,7 +81,7 @@ class StationaryNoise:
         """
         sample_id, position = counter
         low, high = split_id(sample_id)
-        w0, w1, w2, _ = philox(key, (position, 0, low, high))
+        w0, w1, w2, _ = self.words(key, (position, 0, low, high))
         u = unit_interval(w0, w1)
         alpha = alpha_B.to(device=x0_BS.device, dtype=torch.float64)
         alpha = alpha[:, None] if alpha.dim() == 1 else alpha

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,13 @@ from xdlm_megatron.checkpoint.reader import (
     load_plain_values,
 )
 from xdlm_megatron.config.derive import derive, run_folder
+from xdlm_megatron.config.gpu_rules import TRAINING_MCORE_FIELDS
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.model.build import build_model, unwrap
 from xdlm_megatron.optim.ema import load_into_parameters
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
+from xdlm_megatron.parallel.process_modes import deterministic
 
 
 def choose_checkpoint(config: RunConfig, given: str | None) -> Path:
@@ -52,7 +55,8 @@ def restored(
     config: RunConfig, path: Path, use_ema: bool
 ) -> Iterator[tuple[Mesh, list[MegatronModule], int]]:
     """The recipe's processes with the checkpoint's model: mesh, chunks and step. Errors of restore_model."""
-    with open_mesh_for(config.parallel) as mesh:
+    mode = deterministic(bool(config.model.mcore.get("deterministic_mode")))
+    with mode, open_mesh_for(config.parallel) as mesh:
         derive(config, mesh.world_size)  # refuses a layout that does not fit the processes
         chunks, step = restore_model(config, mesh, path, use_ema)
         yield mesh, chunks, step
@@ -74,7 +78,7 @@ def restore_model(
     _check_same_model(config, plain["recipe"], path, sections)
     if use_ema and "ema_updates" not in plain:
         raise CheckpointError(f"{path} holds no averaged weights; add --no-ema")
-    chunks = build_model(config, mesh, draw_weights=False)
+    chunks = build_model(_without_training(config), mesh, draw_weights=False)
     bare = [unwrap(chunk) for chunk in chunks]
     state = model_state(bare, mesh.groups)
     if use_ema:
@@ -87,10 +91,21 @@ def restore_model(
     return chunks, plain["train_state"]["step"]
 
 
+def _without_training(config: RunConfig) -> RunConfig:
+    """Without what only a training step can use: it asks for a batch of its size, or for a backward pass."""
+    mcore = {name: value for name, value in config.model.mcore.items() if name not in TRAINING_MCORE_FIELDS}
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, mcore=mcore),
+        precision=dataclasses.replace(config.precision, fp8_param_gather=False),
+    )
+
+
 def _check_same_model(config: RunConfig, saved: dict, path: Path, sections: tuple[str, ...]) -> None:
     """Refuses another model or another noise. A knob that the checkpoint does not know yet had no effect."""
     now = to_tree(config)
-    names = [(section, name) for section in sections for name in now[section]]
+    # Who computes the layers is this machine's affair.
+    names = [(section, name) for section in sections for name in now[section] if name != "transformer_impl"]
     for section, name in [*names, ("data", "vocab_size"), ("data", "mask_id")]:
         if name in saved[section] and saved[section][name] != now[section][name]:
             raise CheckpointError(

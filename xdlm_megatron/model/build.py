@@ -41,7 +41,7 @@ def build_model(config: RunConfig, mesh: Mesh, draw_weights: bool = True) -> lis
         model = dataclasses.replace(model, mcore={**model.mcore, "perform_initialization": False})
     transformer = build_transformer_config(model, config.parallel, config.precision)
     # Upstream's constructors draw from generators; init_weights replaces what they drew.
-    seed_model_parallel_rng(config.run.seed)
+    seed_model_parallel_rng(config.run.seed, for_graphs=transformer.cuda_graph_impl == "local")
     chunks = [
         _build_chunk(config, transformer, mesh, index, draw_weights) for index in range(mesh.num_chunks)
     ]

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.fp8_utils import is_float8tensor
 
 from xdlm_megatron.model.dlm import DiffusionLM
 
@@ -28,6 +30,7 @@ def init_weights(chunk: DiffusionLM, seed: int, vocab_size: int, zero_head: bool
     """
     config = chunk.config
     state = chunk.sharded_state_dict()
+    in_fp8 = _put_plain_copies(state, config.params_dtype)
     apply_factories(state)
     for tensor in nested_values(state):
         if not isinstance(tensor, ShardedTensor):
@@ -43,6 +46,21 @@ def init_weights(chunk: DiffusionLM, seed: int, vocab_size: int, zero_head: bool
             if tensor.key.endswith(_RESIDUAL_OUTPUTS):
                 std /= math.sqrt(2 * config.num_layers)
             _fill_slice(tensor, seed, std, num_rows=vocab_size if is_vocabulary else None)
+    for parameter, values in in_fp8:
+        parameter.copy_(values.to(parameter.device))
+        # What the optimizer's float32 weights begin with: by itself, what upstream's constructor drew.
+        if hasattr(parameter, "get_high_precision_init_val"):
+            parameter.get_high_precision_init_val().copy_(values)
+
+
+def _put_plain_copies(state: dict[str, Any], dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Puts a plain tensor in the place of each FP8 weight, of which a part is no view; returns the pairs."""
+    pairs = []
+    for entry in nested_values(state):
+        if is_float8tensor(getattr(entry, "data", None)):
+            pairs.append((entry.data, torch.empty(entry.data.shape, dtype=dtype)))
+            entry.data = pairs[-1][1]
+    return pairs
 
 
 def _fill_slice(tensor: ShardedTensor, seed: int, std: float, num_rows: int | None) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from xdlm_megatron.config.gpu_rules import ENGINE_MCORE_FIELDS
 from xdlm_megatron.config.schema import Model, Parallel, Precision
 from xdlm_megatron.parallel.gpu_packages import FUSION, apex, transformer_engine
 
@@ -70,6 +71,8 @@ def build_transformer_config(model: Model, parallel: Parallel, precision: Precis
             "model.mcore.gradient_accumulation_fusion=true needs Transformer Engine or NVIDIA's apex "
             f"({transformer_engine()}; {apex()}); remove it: it is on where it can be"
         )
+    if model.mcore.get("cuda_graph_impl", "none") != "none" and not torch.cuda.is_available():
+        raise ValueError("model.mcore.cuda_graph_impl=local needs a GPU, and there is none; take none")
     try:
         return TransformerConfig(**{**fields, **model.mcore})
     except (TypeError, ValueError, AssertionError) as error:
@@ -89,10 +92,13 @@ def choose_transformer_impl(model: Model, precision: Precision) -> Literal["tran
     engine = transformer_engine()
     if model.transformer_impl == "local":
         return "local"
+    fields = [name for name in ENGINE_MCORE_FIELDS if model.mcore.get(name)]
     if model.transformer_impl == "transformer_engine":
         wanted_by, cure = "model.transformer_impl=transformer_engine", "take auto or local, or install it"
     elif precision.fp8 is not None:
         wanted_by, cure = f"precision.fp8={precision.fp8}", "set precision.fp8=null, or install it"
+    elif fields:
+        wanted_by, cure = f"model.mcore.{fields[0]}=true", "remove it, or install it"
     else:
         return "transformer_engine" if engine.parts and precision.dtype == "bfloat16" else "local"
     if not engine.parts:

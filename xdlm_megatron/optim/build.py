@@ -31,6 +31,7 @@ def build_optimizer(
         clip_grad=section.clip_grad,
         bf16=transformer.bf16,
         params_dtype=transformer.params_dtype,
+        fp8_recipe=transformer.fp8_recipe if transformer.fp8 else None,
         use_distributed_optimizer=section.use_distributed_optimizer,
     )
     return get_megatron_optimizer(

@@ -177,7 +177,12 @@ def open_mesh_for(parallel: Parallel) -> AbstractContextManager[Mesh]:
     )
 
 
-def seed_model_parallel_rng(seed: int) -> None:
-    """Restarts the generators that dropout draws from, as a function of `seed` alone."""
+def seed_model_parallel_rng(seed: int, for_graphs: bool = False) -> None:
+    """Restarts the generators that dropout draws from, as a function of `seed` alone.
+
+    for_graphs: such as CUDA graphs can capture.
+    """
     torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        seed, use_cudagraphable_rng=for_graphs, force_reset_rng=True
+    )

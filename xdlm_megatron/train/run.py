@@ -36,6 +36,7 @@ from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
 from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
+from xdlm_megatron.parallel.process_modes import deterministic, tensor_parallel_overlap
 from xdlm_megatron.tracking.console import ConsoleTracker
 from xdlm_megatron.tracking.jsonl import JsonlTracker, flush_to_disk, truncate_after
 from xdlm_megatron.tracking.mlflow import MlflowTracker
@@ -193,12 +194,15 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         stop = stack.enter_context(catch_stop_signals())
         progress = Progress()
         stack.enter_context(failures_explained(progress))
+        stack.enter_context(deterministic(bool(config.model.mcore.get("deterministic_mode"))))
         mesh = stack.enter_context(open_mesh_for(config.parallel))
         _check_folder(config, resume)  # at once, and again when nobody else can change the answer
         folder = run_folder(config)
         if resume:  # first, so that a start that fails does not leave the outcome of the one before
             stack.enter_context(locked_run(folder, mesh))
         run = build_run(config, mesh)
+        sizes = config.data.seq_length, config.train.micro_batch_size
+        stack.enter_context(tensor_parallel_overlap(run.chunks[0].config, *sizes))
         if not resume:  # last, so that a mistake leaves no folder
             stack.enter_context(locked_run(folder, mesh))
         saver = Saver(run)

@@ -21,6 +21,7 @@ from xdlm_megatron.config.load import ConfigError, build_config
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 FP8 = {"precision.fp8": "hybrid", "precision.dtype": "bfloat16"}
+GRAPHS = {"model.mcore": {"cuda_graph_impl": "local"}}
 WSD = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 11}
 
 # changes of the recipe, what the message names, what mends it
@@ -284,6 +285,42 @@ CONTRADICTIONS = [
         ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=true"],
         {"parallel.overlap_grad_reduce": True},
         id="overlapped gather alone",
+    ),
+    pytest.param(
+        {"model.mcore": {"cpu_offloading": True, "recompute_granularity": "full"}},
+        ["model.mcore.cpu_offloading=true", "model.mcore.recompute_granularity"],
+        {"model.mcore": {"cpu_offloading": True}},
+        id="activations put away and computed again",
+    ),
+    pytest.param(
+        {"model.mcore": {"cuda_graph_impl": "transformer_engine"}},
+        ["model.mcore.cuda_graph_impl=transformer_engine", "take local"],
+        GRAPHS,
+        id="graphs of another maker",
+    ),
+    pytest.param(
+        GRAPHS | {"parallel.pipeline_model_parallel_size": 2},
+        ["model.mcore.cuda_graph_impl=local", "parallel.pipeline_model_parallel_size must be 1"],
+        {"parallel.pipeline_model_parallel_size": 1},
+        id="graphs in a pipeline",
+    ),
+    pytest.param(
+        GRAPHS | {"model.hidden_dropout": 0.1},
+        ["model.mcore.cuda_graph_impl=local", "model.hidden_dropout"],
+        {"model.hidden_dropout": 0.0},
+        id="graphs with dropout",
+    ),
+    pytest.param(
+        GRAPHS | {"data.random_length_fraction": 0.01},
+        ["model.mcore.cuda_graph_impl=local", "data.random_length_fraction=0.01"],
+        {"data.packing": "documents"},
+        id="graphs with a mask now and then",
+    ),
+    pytest.param(
+        {"model.mcore": {"cuda_graph_impl": "local", "recompute_granularity": "full"}},
+        ["model.mcore.cuda_graph_impl=local", "model.mcore.recompute_granularity"],
+        GRAPHS,
+        id="graphs with recomputation",
     ),
     pytest.param(
         {"tracking.mlflow": "sqlite:///x"},

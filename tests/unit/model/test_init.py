@@ -13,6 +13,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from tests.unit.model.small import small_config
 from xdlm_megatron.diffusion.nelbo import nelbo_density
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.model import init
 from xdlm_megatron.model.build import build_model
 from xdlm_megatron.model.dlm import DiffusionLM
 from xdlm_megatron.model.init import init_weights
@@ -160,3 +161,40 @@ def test_half_of_a_tensor_parallel_pair_holds_its_slice(rank: int, mesh: Mesh) -
         else:
             expected = mine(whole, 0)
         assert torch.equal(half.shards[name], expected), name
+
+
+class Quantized(torch.Tensor):
+    """Stands for a weight in FP8: values are halves of its own, and a part of it is no view of it."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.Tensor.copy_:
+                return args[0].copy_(args[1].half())
+            out = function(*args, **kwargs)
+            return tuple(part.clone() for part in out) if "chunk" in function.__name__ else out
+
+
+def test_weights_in_fp8_and_what_their_master_weights_begin_with(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = dict(build(mesh, **BIG).named_parameters())
+    model = build(mesh, **BIG)
+    before_rounding = {}
+    for layer in model.decoder.layers:
+        for module in (layer.self_attention.linear_qkv, layer.mlp.linear_fc1):
+            weight = torch.zeros_like(module.weight.detach()).as_subclass(Quantized)
+            drawn = torch.full(weight.shape, torch.nan)  # upstream's draw, which must not survive
+            weight.get_high_precision_init_val = lambda drawn=drawn: drawn
+            module._parameters["weight"] = weight
+            before_rounding[id(weight)] = drawn
+    monkeypatch.setattr(init, "is_float8tensor", lambda value: isinstance(value, Quantized))
+    init_weights(model, seed=3, vocab_size=45, zero_head=False)
+    for name, parameter in model.named_parameters():
+        in_fp8 = id(parameter) in before_rounding
+        expected = wanted[name].half().float() if in_fp8 else wanted[name]
+        assert torch.equal(parameter.detach().as_subclass(torch.Tensor), expected), name
+        if in_fp8:
+            assert torch.equal(before_rounding[id(parameter)], wanted[name]), name
+    assert len(before_rounding) == 6

@@ -72,6 +72,25 @@ def test_a_run_leaves_its_recipe_metrics_and_checkpoint(finished: RunConfig) -> 
     assert perplexity == pytest.approx(torch.tensor(nelbo, dtype=torch.float64).exp().item())
 
 
+def test_knobs_of_speed_and_memory_change_no_loss(
+    finished: RunConfig, tiny_recipe: dict, tmp_path: Path
+) -> None:
+    """Deterministic operations exist for all that a step does; recomputation draws the same dropout."""
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    mcore = {"deterministic_mode": True, **full}
+    config = config_for(
+        tiny_recipe,
+        tmp_path,
+        evaluation={"interval": 1000},
+        model={"mcore": mcore},
+        parallel={"overlap_grad_reduce": True, "overlap_param_gather": True},
+    )
+    assert train(config) == "finished"
+    assert not torch.are_deterministic_algorithms_enabled()
+    # Deterministic operations add up in another order.
+    assert series(config, "train/nelbo") == pytest.approx(series(finished, "train/nelbo"), rel=1e-6)
+
+
 def test_an_evaluated_step_says_its_tokens_and_flops(tiny_recipe: dict, tmp_path: Path) -> None:
     """MLflow draws one metric over another where both have the same step."""
     config = config_for(
