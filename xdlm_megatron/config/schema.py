@@ -301,13 +301,53 @@ class ConfidenceSampler(AnySampler):
     """Steps (of each block), over which the masks are split evenly."""
 
 
+@section(frozen=True, kw_only=True, config=_STRICT)
+class RefineSampler(AnySampler):
+    kind: Literal["refine"]
+    """LLaDA-XDLM's: fills masks as `confidence` does, and overwrites tokens with likelier ones."""
+    num_steps: PositiveInt = 64
+    """Steps (of each block), over which the masks are split evenly."""
+    refine_ratio: Probability | None = None
+    """k, for k / (1 - k) refinements a filled mask; None: diffusion.uniform_ratio."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class RemdmSampler(AnySampler):
+    kind: Literal["remdm"]
+    """ReMDM: the reverse process of mask noise, with tokens masked again at random."""
+    num_steps: PositiveInt = 64
+    """Steps (of each block) of t from 1 to 0."""
+    strategy: Literal["cap", "rescale", "conf"] = "cap"
+    """Probability of masking again: cap (at most eta), rescale (eta of the largest), conf (cap, by doubt)."""
+    eta: PositiveFraction = 0.02
+    """See strategy."""
+    remask_below_t: PositiveFraction = 1.0
+    """Mask again from this time on, on the way from 1 to 0 (ReMDM-switch); 1: always."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
+class SaberSampler(AnySampler):
+    kind: Literal["saber"]
+    """Saber: keeps what is surer than the average so far, takes back what has become doubtful."""
+    variant: Literal["release", "paper"] = "release"
+    """What is taken back: by the rule of the released code (release), or of the text (paper)."""
+    min_tokens: PositiveInt = 2
+    """Tokens that a step keeps at least (n)."""
+    backtrack_every: PositiveInt = 8
+    """Tokens kept for each one that is taken back (mu)."""
+
+
 def _kind_or_ancestral(value: Any) -> Any:
     """So that sampling.num_steps=8 alone is a section."""
     return value.get("kind", "ancestral") if isinstance(value, dict) else getattr(value, "kind", None)
 
 
 Sampler = Annotated[
-    Annotated[AncestralSampler, Tag("ancestral")] | Annotated[ConfidenceSampler, Tag("confidence")],
+    Annotated[AncestralSampler, Tag("ancestral")]
+    | Annotated[ConfidenceSampler, Tag("confidence")]
+    | Annotated[RefineSampler, Tag("refine")]
+    | Annotated[RemdmSampler, Tag("remdm")]
+    | Annotated[SaberSampler, Tag("saber")],
     Discriminator(_kind_or_ancestral),
 ]
 

@@ -22,10 +22,16 @@ from xdlm_megatron.samplers.blocks import block_by_block
 from xdlm_megatron.samplers.chain import Chain, Counted, OnStep
 from xdlm_megatron.samplers.confidence import confidence
 from xdlm_megatron.samplers.guidance import guide
+from xdlm_megatron.samplers.refine import refine
+from xdlm_megatron.samplers.remdm import remdm
+from xdlm_megatron.samplers.saber import saber
 
 SAMPLERS: dict[str, Callable[[Chain, Any], None]] = {
     "ancestral": ancestral,
     "confidence": confidence,
+    "refine": refine,
+    "remdm": remdm,
+    "saber": saber,
 }
 
 

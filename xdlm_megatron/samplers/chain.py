@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from xdlm_megatron.diffusion.counter_rng import Stream
+from xdlm_megatron.diffusion.counter_rng import Stream, unit_interval
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard
+from xdlm_megatron.diffusion.posterior_draw import JUMP_DRAW, Counters, DrawShard
 from xdlm_megatron.diffusion.prediction import Denoise, Pick, as_prediction
 from xdlm_megatron.diffusion.schedule import Schedule
 from xdlm_megatron.diffusion.token_draw import TokenDraw
@@ -78,15 +78,21 @@ class Chain:
         Raises ValueError where masks are asked for and the noise makes none.
         """
         if masks:
-            if self.noise.mask_id is None or self.noise.uniform_ratio == 1:
+            if self.noise.uniform_ratio == 1:
                 raise ValueError(
                     "this sampler starts from masks, and noise of diffusion.uniform_ratio=1 makes none; "
                     "take the sampler 'ancestral', or a model with uniform_ratio < 1"
                 )
-            self.z_BS = torch.where(self._open_BS, self.noise.mask_id, self.z_BS)
+            self.z_BS = torch.where(self._open_BS, self.mask_id, self.z_BS)
         if self._on_step is not None and not self._begun:
             self._on_step(1.0, self.z_BS)
         self._begun = True
+
+    @property
+    def mask_id(self) -> int:
+        """After begin(masks=True) there is one."""
+        assert self.noise.mask_id is not None
+        return self.noise.mask_id
 
     @property
     def masked_BS(self) -> Tensor:
@@ -115,6 +121,11 @@ class Chain:
         """Names of this step's random numbers at flat positions."""
         S = self.z_BS.shape[1]
         return Counters(self.key, self.step, at_M % S, self.row_B[at_M // S])
+
+    def uniforms(self) -> Tensor:
+        """float64 [B, S] in [0, 1), this step's own."""
+        at_M = torch.arange(self.z_BS.numel(), device=self.z_BS.device)
+        return unit_interval(*self.counters(at_M).words(JUMP_DRAW)[:2]).view_as(self.z_BS)
 
     def advance(self, new_BS: Tensor, t: float, active_B: Tensor | None = None) -> None:
         """One step: free positions take their new ids. t: what is left of the way, from 1 to 0. active_B:

@@ -39,6 +39,9 @@ UNIONS = {
     "sampling": [
         {"kind": "ancestral"},
         {"kind": "confidence"},
+        {"kind": "refine"},
+        {"kind": "remdm"},
+        {"kind": "saber"},
     ],
 }
 
