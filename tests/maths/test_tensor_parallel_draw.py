@@ -1,22 +1,40 @@
-"""A vocabulary split among 1, 2 and 4 ranks draws the very same ids: gloo, one start of four processes."""
+"""A vocabulary split among 1, 2 and 4 ranks draws the very same ids, and every sampler the very same text:
+gloo, one start of four processes.
+"""
 
 import os
+from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from pydantic import TypeAdapter
 
+from xdlm_megatron.config.schema import Sampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
-from xdlm_megatron.diffusion.prediction import most_probable
+from xdlm_megatron.diffusion.prediction import Prediction, most_probable
+from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.samplers import sample
 
 WORLD = 4
 B, S = 4, 2750
 # vocabulary, mask id, padded size: tiles that share a counter on two ranks, a shard of padding alone
 SHAPES = [(250, 249, 288), (61, 7, 64), (40, 0, 64)]
 RESHAPED = {torch.float32: [{}], torch.bfloat16: [{}, {"temperature": 0.7, "top_p": 0.9}, {"top_p": 0.5}]}
+
+SAMPLER_VARIANTS = [
+    {"kind": "ancestral", "num_steps": 5},
+    {"kind": "ancestral", "num_steps": 5, "final": "greedy", "guidance_scale": 0.5},
+    {"kind": "confidence", "num_steps": 5},
+    {"kind": "confidence", "num_steps": 5, "temperature": 0.0},
+    {"kind": "refine", "num_steps": 5, "top_p": 0.9, "block_size": 11},
+    {"kind": "remdm", "num_steps": 5, "strategy": "conf", "eta": 1.0},
+    {"kind": "saber", "variant": "release"},
+    {"kind": "saber", "variant": "paper", "temperature": 0.5},
+]
 
 
 def case(V, mask_id, width, dtype, distinct=500):
@@ -50,6 +68,44 @@ def draws(rank, tp, group):
     return torch.cat(found)
 
 
+class ShardedTable(Prediction):
+    """Logits of each id, a rank's columns of them."""
+
+    def __init__(self, rows_NP, group):
+        self.rows_NP, self.group = rows_NP, group
+
+    def read(self, chosen_BS, pick, num_values=1):
+        at = chosen_BS.flatten().nonzero()[:, 0]
+        values = torch.zeros(num_values, chosen_BS.numel(), dtype=torch.float64)
+        values[:, at] = pick(at, self.rows_NP, at, self.group).double()
+        return values.view(num_values, *chosen_BS.shape)
+
+    def guided(self, unconditional, scale):
+        return ShardedTable(self.rows_NP * (1 + scale) - unconditional.rows_NP * scale, self.group)
+
+
+def samples(rank, tp, group):
+    """What every sampler makes of a network that is a table; float32 and, with many equals, bfloat16."""
+    found = []
+    for (V, mask_id, width), dtype in product(SHAPES[1:2], RESHAPED):
+        logits, _, noise = case(V, mask_id, width, dtype, distinct=V)
+        shard = logits[:, rank * (P := width // tp) : (rank + 1) * P].contiguous()
+        observed = torch.full((4, 24), -1)
+        observed[:, :3] = 1
+        for variant in SAMPLER_VARIANTS:
+            settings = TypeAdapter(Sampler).validate_python(variant)
+            sampled = sample(
+                lambda z, shard=shard: ShardedTable(shard[z.flatten()], group),
+                settings,
+                noise,
+                LogLinear(),
+                2,
+                observed,
+            )
+            found += [sampled.ids_BS.flatten(), sampled.evaluations_B]
+    return torch.cat(found)
+
+
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
@@ -59,6 +115,9 @@ def run_rank(rank, folder):
         assert len(want) > 1e5
         assert torch.equal(draws(rank % 2, 2, pairs[rank // 2]), want)
         assert torch.equal(draws(rank, 4, dist.group.WORLD), want)
+        sampled = samples(0, 1, None)
+        assert torch.equal(samples(rank % 2, 2, pairs[rank // 2]), sampled)
+        assert torch.equal(samples(rank, 4, dist.group.WORLD), sampled)
         with pytest.raises(ValueError, match=r"4 ranks with 9 columns .* pad it to a multiple of 32"):
             most_probable(
                 StationaryNoise(0.3, 30, 1), want[:1], torch.zeros(1, 9), want[:1] * 0, dist.group.WORLD

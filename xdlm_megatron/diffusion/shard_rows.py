@@ -14,6 +14,7 @@ from xdlm_megatron.diffusion.row_ops import SCRATCH_ELEMENTS, Shard, hide_noise
 from xdlm_megatron.diffusion.vocab_parallel import check_shards, shard_of
 
 TILE = 8
+ROWS = 8  # chunks are of multiples of it, but for the last
 LOG2_E = 1.4426950408889634
 
 
@@ -26,7 +27,7 @@ def shard_rows(
     """
     P = logits_NP.shape[1]
     width = (P + TILE - 1) // TILE * TILE
-    size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // (width + beside))
+    size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // (width + beside) // ROWS) * ROWS
     scratch = torch.empty(min(size, len(index_M)), width, device=logits_NP.device)
     for start in range(0, len(index_M), size):
         rows = slice(start, min(start + size, len(index_M)))

@@ -8,7 +8,6 @@ so that every tensor-parallel size finds the same number, bit for bit, from the 
 Shape suffixes: B batch, S sequence, N rows of logits, M rows at work, C rows of a chunk, P vocabulary shard.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -21,6 +20,7 @@ from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard, draw_sha
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import (
     LOG2_E,
+    ROWS,
     best_shard,
     shard_rows,
     tiled_shard,
@@ -32,8 +32,8 @@ UNIT_BITS = 40  # V 2^40 fits in int64 up to V = 2^23
 
 
 class TokenDraw:
-    """A Pick of prediction.py: float64 [3, M], a token's id, its log-probability, and that of the present id
-    (-inf where it is the mask).
+    """A Pick of prediction.py: float64 [3, M], a token's id, its probability, and that of the present id (0
+    where it is the mask).
     """
 
     num_values = 3
@@ -68,8 +68,8 @@ class TokenDraw:
             share_3M = self.draw(*rows, z_M, self.counters(at_M), shard, self.temperature, nucleus)
             token_M = winner_of_ranks(gather_ranks(share_3M, group))[1]
         own_2M = torch.stack([logits_of(*rows, ids_M, shard) for ids_M in (token_M, z_M)])
-        log_p_2M = gather_ranks(own_2M, group).amax(0) - _log_mass(*rows, top_M, shard, group)
-        return torch.cat([token_M[None].double(), log_p_2M])
+        share_2M = _shares(gather_ranks(own_2M, group).amax(0), top_M).double()
+        return torch.cat([token_M[None].double(), share_2M / _mass(*rows, top_M, shard, group)])
 
 
 def logits_of(logits_NP: Tensor, index_M: Tensor, ids_M: Tensor, shard: Shard) -> Tensor:
@@ -80,13 +80,20 @@ def logits_of(logits_NP: Tensor, index_M: Tensor, ids_M: Tensor, shard: Shard) -
     return torch.where(owned_M, value_M, -torch.inf)
 
 
-def _log_mass(
+def _shares(x: Tensor, top: Tensor) -> Tensor:
+    """float32: probabilities in units of 2^-40 of the likeliest token's, from logits."""
+    return x.float().sub_(top.float()).mul_(LOG2_E).exp2_().mul_(2.0**UNIT_BITS)
+
+
+def _mass(
     logits_NP: Tensor, index_M: Tensor, top_M: Tensor, shard: Shard, group: dist.ProcessGroup | None
 ) -> Tensor:
-    """log sum of exp over all ranks' columns, float64 [M]; top_M: the rows' largest logits."""
+    """The sum of all ranks' shares, int64 [M]; top_M: the rows' largest logits."""
+    M = len(index_M)
+    # torch's exp2 of a CPU rounds the last elements, fewer than 64, in another way: some rows more take them
+    index_M = torch.cat([index_M, index_M[-1:].expand(-M % ROWS)])
+    top_M = torch.cat([top_M, top_M[-1:].expand(-M % ROWS)])
     mass_M = torch.empty_like(index_M)
     for rows, x_CP in shard_rows(logits_NP, index_M, shard):
-        share_CP = x_CP.sub_(top_M[rows, None].float()).mul_(LOG2_E).exp2_().mul_(2.0**UNIT_BITS)
-        mass_M[rows] = share_CP.long().sum(-1)
-    total_M = gather_ranks(mass_M, group).sum(0)
-    return top_M + total_M.double().log() - UNIT_BITS * math.log(2)
+        mass_M[rows] = _shares(x_CP, top_M[rows, None]).long().sum(-1)
+    return gather_ranks(mass_M[:M], group).sum(0)

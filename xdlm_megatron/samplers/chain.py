@@ -112,10 +112,10 @@ class Chain:
         return prediction.read(chosen_BS, pick, num_values)
 
     def tokens(self, chosen_BS: Tensor, temperature: float, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
-        """(token, its log-probability, the present id's), int64 and float64 [B, S], at chosen_BS."""
+        """(token, its probability, the present id's), int64 and float64 [B, S], at chosen_BS."""
         pick = TokenDraw(self.noise, self.z_BS, self.counters, temperature, top_p, self.draw)
-        token_BS, log_p_BS, log_present_BS = self.read(chosen_BS, pick, pick.num_values)
-        return token_BS.long(), log_p_BS, log_present_BS
+        token_BS, p_BS, p_present_BS = self.read(chosen_BS, pick, pick.num_values)
+        return token_BS.long(), p_BS, p_present_BS
 
     def counters(self, at_M: Tensor) -> Counters:
         """Names of this step's random numbers at flat positions."""

@@ -17,8 +17,8 @@ def confidence(chain: Chain, settings: ConfidenceSampler) -> None:
     share_BT = even_split(chain.masked_BS.sum(1), settings.num_steps)
     for step, count_B in enumerate(share_BT.unbind(1), start=1):
         asked_BS = chain.masked_BS & (count_B > 0)[:, None]
-        token_BS, log_p_BS, _ = chain.tokens(asked_BS, settings.temperature, settings.top_p)
-        kept_BS = highest(log_p_BS, asked_BS, count_B)
+        token_BS, p_BS, _ = chain.tokens(asked_BS, settings.temperature, settings.top_p)
+        kept_BS = highest(p_BS, asked_BS, count_B)
         chain.advance(torch.where(kept_BS, token_BS, chain.z_BS), 1 - step / settings.num_steps, count_B > 0)
 
 

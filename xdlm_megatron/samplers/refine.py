@@ -24,10 +24,10 @@ def refine(chain: Chain, settings: RefineSampler) -> None:
         fills_B, left_B = fills_BT[:, step], allowed_BT[:, step] - spent_B
         masked_BS, visible_BS = chain.masked_BS, chain.free_BS & ~chain.masked_BS
         asked_BS = _where(masked_BS, fills_B) | _where(visible_BS, left_B)
-        token_BS, log_p_BS, log_present_BS = chain.tokens(asked_BS, settings.temperature, settings.top_p)
-        filled_BS = highest(log_p_BS, masked_BS, fills_B)
-        better_BS = visible_BS & (token_BS != chain.z_BS) & (log_p_BS >= log_present_BS)
-        refined_BS = highest(log_p_BS, better_BS, left_B)
+        token_BS, p_BS, p_present_BS = chain.tokens(asked_BS, settings.temperature, settings.top_p)
+        filled_BS = highest(p_BS, masked_BS, fills_B)
+        better_BS = visible_BS & (token_BS != chain.z_BS) & (p_BS >= p_present_BS)
+        refined_BS = highest(p_BS, better_BS, left_B)
         spent_B = spent_B + refined_BS.sum(1)
         new_BS = torch.where(filled_BS | refined_BS, token_BS, chain.z_BS)
         chain.advance(new_BS, 1 - (step + 1) / settings.num_steps, asked_BS.any(1))

@@ -35,8 +35,8 @@ def remdm(chain: Chain, settings: RemdmSampler) -> None:
             sigma_BS, sigma = sigma_BS * _shares(psi_BS, visible_BS), 0.0
         u_BS = chain.uniforms()
         filled_BS = masked_BS & (u_BS < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))
-        token_BS, log_p_BS, _ = chain.tokens(filled_BS, settings.temperature, settings.top_p)
-        psi_BS = torch.where(filled_BS, log_p_BS.exp(), psi_BS)
+        token_BS, p_BS, _ = chain.tokens(filled_BS, settings.temperature, settings.top_p)
+        psi_BS = torch.where(filled_BS, p_BS, psi_BS)
         new_BS = torch.where(filled_BS, token_BS, chain.z_BS)
         chain.advance(torch.where(u_BS < sigma_BS, chain.mask_id, new_BS), s)
 

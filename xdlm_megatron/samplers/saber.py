@@ -30,14 +30,13 @@ def saber(chain: Chain, settings: SaberSampler) -> None:
         masked_BS, active_B = chain.masked_BS, chain.masked_BS.any(1)
         visible_BS = chain.free_BS & ~masked_BS
         asked_BS = chain.free_BS & active_B[:, None]
-        token_BS, log_p_BS, log_present_BS = chain.tokens(asked_BS, settings.temperature, settings.top_p)
-        sure_BS = log_p_BS.exp()
+        token_BS, sure_BS, p_present_BS = chain.tokens(asked_BS, settings.temperature, settings.top_p)
         kept_BS = masked_BS & (sure_BS > when_kept_BS.nanmean(1, keepdim=True).nan_to_num(1.0))
         kept_BS = kept_BS | highest(sure_BS, masked_BS, torch.full_like(chain.row_B, n))
         kept_B = kept_BS.sum(1)
         when_kept_BS = torch.where(kept_BS, sure_BS, when_kept_BS)
 
-        now_BS = torch.where(visible_BS, log_present_BS.exp(), sure_BS) if paper else sure_BS
+        now_BS = torch.where(visible_BS, p_present_BS, sure_BS) if paper else sure_BS
         among_BS = visible_BS if paper else visible_BS | kept_BS
         count_B = (
             (kept_B // settings.backtrack_every).clamp_min(1)
