@@ -92,11 +92,20 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    if options.draws is not None and not options.choices:
+        return _fail(f"--draws {options.draws} has no effect without --choices; add one, or leave it out")
     config = _load(options)
     import xdlm_megatron.parallel  # noqa: F401
     from xdlm_megatron.evaluation.evaluate import EvaluateOptions, evaluate
+    from xdlm_megatron.evaluation.texts import TextSet
 
-    wanted = EvaluateOptions(discrete_steps=options.discrete_steps)
+    given = {} if options.draws is None else {"num_draws": options.draws}
+    wanted = EvaluateOptions(
+        discrete_steps=options.discrete_steps,
+        texts=tuple(TextSet(path, rules) for rules, path in options.text),
+        choices=tuple(options.choices),
+        **given,
+    )
     evaluate(config, wanted, checkpoint=options.checkpoint, use_ema=not options.no_ema)
     return 0
 
@@ -240,6 +249,16 @@ _GIB = _number(float, "a positive number of GiB", lambda x: 0 < x < float("inf")
 _FRAMES = _number(int, "0, or at least 2: the start and the end", lambda n: n == 0 or n >= 2)
 
 
+def _text_set(text: str) -> tuple[str, Path]:
+    from xdlm_megatron.data.detokenize import RULES
+
+    rules, equals, path = text.partition("=")
+    if not equals or rules not in RULES:
+        known = ", ".join(RULES)
+        raise argparse.ArgumentTypeError(f"must be RULES=FILE with RULES one of {known} (got '{text}')")
+    return rules, Path(path)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xdlm_megatron", description="Mixed diffusion language models."
@@ -345,6 +364,23 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         metavar="T",
         help="also the exact bound of the chain that T sampling steps and the noise removal make",
     )
+    parser.add_argument(
+        "--text",
+        type=_text_set,
+        action="append",
+        default=[],
+        metavar="RULES=FILE.jsonl",
+        help="this text in place of data.valid_prefix; RULES undo the benchmark's tokens, plain: none",
+    )
+    parser.add_argument(
+        "--choices",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE.jsonl",
+        help="questions to answer by likelihood: {prompt, choices, answer} a line",
+    )
+    parser.add_argument("--draws", type=_COUNT, metavar="N", help="of noise, for each choice (default 128)")
 
 
 def _add_sample_options(parser: argparse.ArgumentParser) -> None:

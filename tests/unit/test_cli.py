@@ -134,6 +134,10 @@ def test_verbs(mistake: Mistake, small: Path) -> None:
         (["sample", "--trace", "1"], "--trace: must be 0, or at least 2"),
         (["sample", "--final", "best"], "--final: invalid choice: 'best'"),
         (["train", "--steps", "3"], "unrecognized arguments: --steps"),
+        (["evaluate", "--discrete-steps", "0"], "--discrete-steps: must be a whole number of at least 1"),
+        (["evaluate", "--text", "wiki=a.jsonl"], "RULES=FILE with RULES one of plain, wikitext, ptb"),
+        (["evaluate", "--text", "a.jsonl"], "must be RULES=FILE"),
+        (["evaluate", "--draws", "8"], "--draws 8 has no effect without --choices"),
     ],
 )
 def test_options(mistake: Mistake, arguments: list[str], message: str, small: Path) -> None:
@@ -267,6 +271,41 @@ def test_evaluate_and_sample(trained: Path, capfd: pytest.CaptureFixture[str]) -
     assert "nats per token" in capfd.readouterr().out
     assert main(["sample", str(trained), "--steps", "2", "--num-samples", "2"]) == 0
     assert capfd.readouterr().out.count("--- sample") == 2
+
+
+def test_evaluate_local_files(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Texts and questions in place of the held-out set, which may then be missing."""
+    texts, questions = tmp_path / "play.v1.jsonl", tmp_path / "quiz.jsonl"
+    texts.write_text('{"text": "to be , or not"}\n{"text": "to be ."}\n' * 3)
+    questions.write_text('{"prompt": "to be, or not", "choices": [" to be", " king"], "answer": 0}\n')
+    files = ["--text", f"lm1b={texts}", "--choices", str(questions), "--draws", "4"]
+    assert main(["evaluate", str(trained), *files, "data.valid_prefix=null"]) == 0
+    assert "of 1 questions" in capfd.readouterr().out
+    folder = trained.parent / "runs/trained/evaluations"
+    record = json.loads((folder / "step_00000002-ema-play.json").read_text())
+    assert (record["rules"], record["text"]) == ("lm1b", str(texts))
+    answers = json.loads((folder / "step_00000002-ema-quiz.json").read_text())
+    assert answers["num_draws"] == 4
+    assert len(answers["checkpoint_hash"]) == 32
+    assert (folder / "step_00000002-ema-play-by_time.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("flag", "name", "line", "message"),
+    [
+        ("--text", "plain=bad.jsonl", '{"txt": "a"}', "bad.jsonl:1: no key 'text'; mend the line"),
+        ("--text", "plain=none.jsonl", None, "none.jsonl: no such file"),
+        ("--choices", "bad.jsonl", '{"prompt": "a"}', "bad.jsonl:1: a line must be"),
+        ("--choices", "none.jsonl", None, "none.jsonl: No such file or directory"),
+    ],
+)
+def test_files_that_cannot_be_evaluated(
+    mistake: Mistake, trained: Path, tmp_path: Path, flag: str, name: str, line: str | None, message: str
+) -> None:
+    rules, equals, file = name.rpartition("=")
+    if line is not None:
+        (tmp_path / file).write_text(line + "\n")
+    assert message in mistake("evaluate", trained, flag, f"{rules}{equals}{tmp_path / file}")
 
 
 # What is not the user's mistake

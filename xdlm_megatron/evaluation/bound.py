@@ -31,7 +31,7 @@ from xdlm_megatron.evaluation.nelbo import (
     perplexity,
     ratio,
 )
-from xdlm_megatron.evaluation.steps import Chain, StepObjective, one_step, sampling_chain
+from xdlm_megatron.evaluation.steps import sampling_chain
 from xdlm_megatron.model.objective import Objective
 
 NUM_BINS = 20
@@ -105,43 +105,17 @@ class BoundEvaluator:
     def __call__(self, chunks: list[Any]) -> Evaluated:
         """All processes call it; all get the result."""
         samples, noise = self.nelbo.samples, self.nelbo.samples.noise
-        rows = self.nelbo.rows(chunks)
+        terms = self.nelbo.terms(chunks)
+        rows = terms.density()
         tokens_R = rows["tokens_per_sequence"]
-        alpha_1, alpha_0 = (
-            float(samples.schedule.alpha(torch.tensor(t).double())) for t in (1.0, samples.t_min)
-        )
-        parts_R = {
-            "prior": self._start(chunks, tokens_R, alpha_1),
-            "diffusion": (1 - samples.t_min) * rows["nelbo_per_sequence"],
-            "reconstruction": self._steps(chunks, one_step(alpha_0, 1.0)),
-        }
         discrete = None
         if self.discrete_steps is not None:
             chain = sampling_chain(samples.schedule, noise, self.discrete_steps)
             prior = 0.0 if noise.uniform_ratio == 0 else float(prior_kl(chain.alphas_K[0], noise))
-            steps_R = {"prior": prior * tokens_R, "steps": self._steps(chunks, chain)}
+            steps_R = {"prior": prior * tokens_R, "steps": terms.steps(chain)}
             discrete = self._bound(steps_R, tokens_R, self.discrete_steps)
-        return Evaluated(
-            self._bound(parts_R, tokens_R), self.nelbo.result(rows), self._by_time(rows), discrete
-        )
-
-    def _start(self, chunks: list[Any], tokens_R: Tensor, alpha_1: float) -> Tensor:
-        noise = self.nelbo.samples.noise
-        if noise.uniform_ratio == 0:
-            return self._steps(chunks, one_step(0.0, alpha_1))
-        return float(prior_kl(alpha_1, noise)) * tokens_R
-
-    def _steps(self, chunks: list[Any], chain: Chain) -> Tensor:
-        """[num_rows] nats, unbiased for the sum of the chain's KLs."""
-        nelbo = self.nelbo
-        objective = StepObjective(nelbo.samples.noise, nelbo.mesh, ops=nelbo.objective.ops)
-        found = nelbo.rounds(chunks).sums(
-            objective.forward_step,
-            lambda rows: chain.build(nelbo.samples, rows, nelbo.num_rows),
-            nelbo.num_rows,
-            objective.reports,
-        )
-        return chain.num_steps * found["nats"]
+        bound = self._bound(terms.strict(rows), tokens_R)
+        return Evaluated(bound, self.nelbo.result(rows), self._by_time(rows), discrete)
 
     def _bound(self, parts_R: dict[str, Tensor], tokens_R: Tensor, num_steps: int | None = None) -> Bound:
         mean = self.nelbo.per_sequence

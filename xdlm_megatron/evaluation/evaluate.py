@@ -2,31 +2,84 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from xdlm_megatron.checkpoint.integrity import fingerprint
 from xdlm_megatron.config.derive import run_folder
-from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
-from xdlm_megatron.data.build import build_noise, build_valid_samples
-from xdlm_megatron.evaluation.bound import Bound, BoundEvaluator, Evaluated, TimedObjective
-from xdlm_megatron.evaluation.nelbo import Estimate, build_evaluator
-from xdlm_megatron.evaluation.report import draw_by_time, write_by_time, write_record
+from xdlm_megatron.data.build import build_noise
+from xdlm_megatron.data.tokenizer import load_tokenizer
+from xdlm_megatron.evaluation.bound import BoundEvaluator, TimedObjective
+from xdlm_megatron.evaluation.choices import judge, make_requests, read_questions
+from xdlm_megatron.evaluation.likelihood import LikelihoodEvaluator
+from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
+from xdlm_megatron.evaluation.report import Report, checkpoint_record
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restored, which_weights
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
+from xdlm_megatron.evaluation.texts import TextSet, build_text_samples
 from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
+from xdlm_megatron.parallel.mesh import Mesh
+
+Ask = Callable[[list[Any]], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions:
-    """What to evaluate; the fields are the command line's. discrete_steps: of a chain's bound; None: none."""
+    """What to evaluate; the fields are the command line's. Without texts and choices: data.valid_prefix.
+
+    discrete_steps: of a chain's bound; None: none. choices: files of questions. num_draws: for each choice.
+    """
 
     discrete_steps: int | None = None
+    texts: tuple[TextSet, ...] = ()
+    choices: tuple[Path, ...] = ()
+    num_draws: int = 128
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A model ready to be asked; what it answers goes to `report`, on the main process."""
+
+    config: RunConfig
+    options: EvaluateOptions
+    mesh: Mesh
+    chunks: list[Any] = field(repr=False)
+    objective: TimedObjective
+    report: Report
+
+    def held_out(self) -> None:
+        self._bound("", build_evaluator(self.config, self.mesh, self.objective, label="held-out text"), {})
+
+    def text(self, text: TextSet) -> None:
+        texts, positions = text.read(), self.mesh.sequence_slice(self.config.data.seq_length)
+        tokenizer = load_tokenizer(self.config.data.tokenizer)
+        samples, bytes_per_token = build_text_samples(
+            self.config, tokenizer, texts, self.mesh.device, positions
+        )
+        label = text.path.name
+        evaluator = NelboEvaluator(self.config, self.mesh, samples, self.objective, bytes_per_token, label)
+        self._bound(f"-{_stem(text.path)}", evaluator, {"text": str(text.path), "rules": text.rules})
+
+    def _bound(self, name: str, evaluator: NelboEvaluator, settings: dict[str, Any]) -> None:
+        found = BoundEvaluator(evaluator, self.options.discrete_steps)(self.chunks)
+        if self.mesh.is_main:
+            settings |= {"num_noise_draws": self.config.evaluation.num_noise_draws}
+            self.report.bounds(name, settings, found, unigram_entropy(_scored_ids(evaluator)))
+
+    def choices(self, path: Path) -> None:
+        questions, tokenizer = read_questions(path), load_tokenizer(self.config.data.tokenizer)
+        requests, num_cut = make_requests(tokenizer, questions, self.config.data.seq_length)
+        evaluator = LikelihoodEvaluator(
+            self.config, self.mesh, self.objective, self.options.num_draws, label=path.name
+        )
+        nats_RD = evaluator(self.chunks, requests)
+        if self.mesh.is_main:
+            settings = {"choices": str(path), "num_draws": self.options.num_draws, "num_cut_prompts": num_cut}
+            self.report.choices(f"-{_stem(path)}", settings, judge(questions, nats_RD))
 
 
 def evaluate(
@@ -34,11 +87,11 @@ def evaluate(
     options: EvaluateOptions | None = None,
     checkpoint: str | None = None,
     use_ema: bool = True,
-) -> Evaluated:
-    """Prints bounds on the held-out text of a checkpoint and writes them to `evaluations/` of the run folder.
+) -> None:
+    """Prints bounds on text, and answers to questions; writes them to `evaluations/` of the run folder.
 
     Raises:
-        DataError, CheckpointError: the text or the checkpoint is missing or does not fit the recipe.
+        DataError, CheckpointError: a text or the checkpoint is missing or does not fit the recipe.
     """
     options = options or EvaluateOptions()
     path = choose_checkpoint(config, checkpoint)
@@ -51,93 +104,24 @@ def evaluate(
             ops=kernels.row_ops,
             t_min=config.diffusion.t_min,
         )
-        evaluator = build_evaluator(config, mesh, objective, label="held-out text")
         if mesh.is_main:
             print(f"loss by {kernels.reason}\n{path} (step {step}, {which_weights(use_ema)})", flush=True)
-        found = BoundEvaluator(evaluator, options.discrete_steps)(chunks)
-        if mesh.is_main:
-            record = _checkpoint_record(config, path, step, use_ema) | _settings(config, options)
-            name = f"{path.name}-{'ema' if use_ema else 'plain'}"
-            _report(config, name, record, found, unigram_entropy(_held_out_ids(config)))
-    return found
+        stem = run_folder(config) / "evaluations" / f"{path.name}-{'ema' if use_ema else 'plain'}"
+        report = Report(config, stem, checkpoint_record(config, path, step, use_ema))
+        evaluation = _Evaluation(config, options, mesh, chunks, objective, report)
+        if not options.texts and not options.choices:
+            evaluation.held_out()
+        for text in options.texts:
+            evaluation.text(text)
+        for questions in options.choices:
+            evaluation.choices(questions)
 
 
-def _held_out_ids(config: RunConfig) -> np.ndarray:
-    """The ids that the evaluation scores."""
-    samples = build_valid_samples(config, torch.device("cpu"))
-    clean = samples.clean(np.arange(samples.index.num_samples))
-    return clean.x0_BS[clean.scored_BS].numpy()
+def _scored_ids(evaluator: NelboEvaluator) -> np.ndarray:
+    """The ids that the evaluation scores, of this process's positions."""
+    clean = evaluator.samples.clean(np.arange(evaluator.num_sequences))
+    return clean.x0_BS[clean.scored_BS].cpu().numpy()
 
 
-def _checkpoint_record(config: RunConfig, path: Path, step: int, use_ema: bool) -> dict[str, Any]:
-    """What every file of results says of the model that they are of."""
-    return {
-        "checkpoint": path.name,
-        "checkpoint_hash": fingerprint(path),
-        "step": step,
-        "ema": use_ema,
-        "diffusion": to_tree(config)["diffusion"],
-        "seed": config.run.seed,
-    }
-
-
-def _settings(config: RunConfig, options: EvaluateOptions) -> dict[str, Any]:
-    return {"num_noise_draws": config.evaluation.num_noise_draws, "settings": asdict(options)}
-
-
-def _report(config: RunConfig, name: str, record: dict[str, Any], found: Evaluated, entropy: float) -> None:
-    window, low = found.window, config.diffusion.t_min
-    lines = [
-        _bound_line("strict bound", found.bound),
-        "    = " + " + ".join(f"{part} {_with_error(value)}" for part, value in found.bound.parts.items()),
-        f"  held-out NELBO {_with_error(Estimate(window.nelbo_per_token, window.standard_error))} nats per "
-        f"token, perplexity {window.perplexity:.2f}: the paper's, t in ({low:g}, 1) without the ends",
-    ]
-    if found.discrete is not None:
-        lines.append(_bound_line(f"bound of {found.discrete.num_steps} sampling steps", found.discrete))
-    lines.append(
-        f"  over {window.num_sequences} sequences, {window.num_tokens} tokens; "
-        f"their unigram entropy is {entropy:.4f} nats per token"
-    )
-    print("\n".join(lines), flush=True)
-    record |= {
-        "bound": _bound_record(found.bound),
-        "discrete": None if found.discrete is None else _bound_record(found.discrete),
-        "nelbo_per_token": window.nelbo_per_token,
-        "standard_error": window.standard_error,
-        "perplexity": window.perplexity,
-        "bits_per_byte": window.bits_per_byte,
-        "num_sequences": window.num_sequences,
-        "num_tokens": window.num_tokens,
-        "unigram_entropy": entropy,
-    }
-    folder = run_folder(config) / "evaluations"
-    write_record(folder / f"{name}.json", record)
-    write_by_time(folder / f"{name}-by_time.csv", found.by_time)
-    draw_by_time(folder / f"{name}-by_time.png", found.by_time, f"{config.run.name}, {name}")
-    print(f"  written to {folder / name}.json, -by_time.csv, -by_time.png", flush=True)
-
-
-def _with_error(value: Estimate) -> str:
-    error = "" if value.standard_error == 0 else f" +- {value.standard_error:.4f}"
-    return f"{value.mean:.4f}{error}"
-
-
-def _bound_line(name: str, bound: Bound) -> str:
-    bits = "" if bound.bits_per_byte is None else f", {bound.bits_per_byte:.4f} bits per byte"
-    return f"  {name} {_with_error(bound.total)} nats per token, perplexity {bound.perplexity:.2f}{bits}"
-
-
-def _bound_record(bound: Bound) -> dict[str, Any]:
-    error = bound.total.standard_error
-    in_bits = None if bound.bits_per_byte is None else bound.bits_per_byte * error / bound.total.mean
-    return {
-        "num_steps": bound.num_steps,
-        "nats_per_token": bound.total.mean,
-        "standard_error": error,
-        "perplexity": bound.perplexity,
-        "perplexity_standard_error": bound.perplexity * error,
-        "bits_per_byte": bound.bits_per_byte,
-        "bits_per_byte_standard_error": in_bits,
-        "parts": {name: value._asdict() for name, value in bound.parts.items()},
-    }
+def _stem(path: Path) -> str:
+    return path.name.split(".")[0]

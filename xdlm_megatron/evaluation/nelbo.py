@@ -6,15 +6,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xdlm_megatron.config.schema import RunConfig
-from xdlm_megatron.data.batch import Batch, NoisedSamples
+from xdlm_megatron.data.batch import NoisedSamples
 from xdlm_megatron.data.build import build_valid_samples
 from xdlm_megatron.data.indexed import load_manifest
 from xdlm_megatron.evaluation.rounds import Rounds
+from xdlm_megatron.evaluation.terms import Terms
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
 
@@ -70,20 +69,13 @@ class NelboEvaluator:
 
     def __call__(self, chunks: list[Any]) -> NelboResult:
         """All processes call it; all get the result. The chunks come back in the mode they were in."""
-        return self.result(self.rows(chunks))
+        return self.result(self.terms(chunks).density())
 
-    def rounds(self, chunks: list[Any]) -> Rounds:
+    def terms(self, chunks: list[Any]) -> Terms:
+        """The rows, to be seen by these chunks; times are stratified over all of them."""
         size, length = self.config.train.micro_batch_size, self.config.data.seq_length
-        return Rounds(self.mesh, chunks, size, length, self.label)
-
-    def rows(self, chunks: list[Any]) -> dict[str, Tensor]:
-        """What the objective reports of each row, {name: [num_rows, ...]}."""
-
-        def build(rows: NDArray[np.int64]) -> Batch:
-            return self.samples.build(rows, rows, self.num_rows)
-
-        rounds = self.rounds(chunks)
-        return rounds.sums(self.objective.forward_step, build, self.num_rows, self.objective.reports)
+        rounds = Rounds(self.mesh, chunks, size, length, self.label)
+        return Terms(rounds, self.samples, self.objective, self.num_rows, self.num_rows)
 
     def result(self, rows: dict[str, Tensor]) -> NelboResult:
         tokens_N = self.per_sequence(rows["tokens_per_sequence"])

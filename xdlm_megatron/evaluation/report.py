@@ -1,4 +1,4 @@
-"""Results on disk: a JSON record, and the loss over time as a table and a picture."""
+"""What an evaluation found: lines to read, JSON records, the loss over time as a table and a picture."""
 
 from __future__ import annotations
 
@@ -6,10 +6,130 @@ import csv
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xdlm_megatron.evaluation.bound import TimeBin
+from xdlm_megatron.checkpoint.integrity import fingerprint
+from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.evaluation.bound import Bound, Evaluated, TimeBin
+from xdlm_megatron.evaluation.choices import ChoiceResult
+from xdlm_megatron.evaluation.nelbo import Estimate
+
+
+def checkpoint_record(config: RunConfig, path: Path, step: int, use_ema: bool) -> dict[str, Any]:
+    """What every file of results says of the model that it is of."""
+    return {
+        "checkpoint": path.name,
+        "checkpoint_hash": fingerprint(path),
+        "step": step,
+        "ema": use_ema,
+        "diffusion": to_tree(config)["diffusion"],
+        "seed": config.run.seed,
+    }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Prints results and writes them beside each other. stem: of the files; model: checkpoint_record's."""
+
+    config: RunConfig
+    stem: Path
+    model: dict[str, Any]
+
+    def bounds(self, name: str, settings: dict[str, Any], found: Evaluated, entropy: float) -> None:
+        """Of one text. name: goes behind the stem. entropy: of the text's tokens, nats."""
+        window, low = found.window, self.config.diffusion.t_min
+        paper = Estimate(window.nelbo_per_token, window.standard_error)
+        lines = [
+            _bound_line("strict bound", found.bound),
+            "    = " + " + ".join(f"{part} {_pm(value)}" for part, value in found.bound.parts.items()),
+            f"  held-out NELBO {_pm(paper)} nats per token, perplexity {window.perplexity:.2f}: "
+            f"the paper's, t in ({low:g}, 1) without the ends",
+        ]
+        if found.discrete is not None:
+            lines.append(_bound_line(f"bound of {found.discrete.num_steps} sampling steps", found.discrete))
+        lines.append(
+            f"  over {window.num_sequences} sequences, {window.num_tokens} tokens; "
+            f"their unigram entropy is {entropy:.4f} nats per token"
+        )
+        self._say(name, lines)
+        found_record = {
+            "bound": _bound_record(found.bound),
+            "discrete": None if found.discrete is None else _bound_record(found.discrete),
+            "nelbo_per_token": window.nelbo_per_token,
+            "standard_error": window.standard_error,
+            "perplexity": window.perplexity,
+            "bits_per_byte": window.bits_per_byte,
+            "num_sequences": window.num_sequences,
+            "num_tokens": window.num_tokens,
+            "unigram_entropy": entropy,
+        }
+        write_record(self._path(name, ".json"), self.model | settings | found_record)
+        write_by_time(self._path(name, "-by_time.csv"), found.by_time)
+        title = f"{self.config.run.name}, {self._path(name, '').name}"
+        draw_by_time(self._path(name, "-by_time.png"), found.by_time, title)
+
+    def choices(self, name: str, settings: dict[str, Any], found: ChoiceResult) -> None:
+        """Of one file of questions."""
+        cut = settings["num_cut_prompts"]
+        lines = [
+            f"  accuracy {_pm(found.accuracy)}, per byte {_pm(found.accuracy_per_byte)}, "
+            f"of {len(found.answers)} questions",
+            f"  {found.undecided:.1%} of them are open: more draws of noise might change the answer",
+            *([f"  {cut} prompts were too long and lost their beginning"] if cut else []),
+        ]
+        self._say(name, lines)
+        answers = [
+            {
+                "nats": [value._asdict() for value in answer.nats],
+                "chosen": answer.chosen,
+                "chosen_per_byte": answer.chosen_per_byte,
+                "undecided": answer.undecided,
+            }
+            for answer in found.answers
+        ]
+        found_record = {
+            "accuracy": found.accuracy._asdict(),
+            "accuracy_per_byte": found.accuracy_per_byte._asdict(),
+            "undecided": found.undecided,
+            "num_questions": len(found.answers),
+            "answers": answers,
+        }
+        write_record(self._path(name, ".json"), self.model | settings | found_record)
+
+    def _path(self, name: str, ending: str) -> Path:
+        return self.stem.with_name(f"{self.stem.name}{name}{ending}")
+
+    def _say(self, name: str, lines: list[str]) -> None:
+        title = [] if not name else [f"{name[1:]}:"]
+        print("\n".join([*title, *lines, f"  written to {self._path(name, '.json')}"]), flush=True)
+
+
+def _pm(value: Estimate) -> str:
+    error = "" if value.standard_error < 5e-5 else f" +- {value.standard_error:.4f}"
+    return f"{value.mean:.4f}{error}"
+
+
+def _bound_line(name: str, bound: Bound) -> str:
+    bits = "" if bound.bits_per_byte is None else f", {bound.bits_per_byte:.4f} bits per byte"
+    return f"  {name} {_pm(bound.total)} nats per token, perplexity {bound.perplexity:.2f}{bits}"
+
+
+def _bound_record(bound: Bound) -> dict[str, Any]:
+    error = bound.total.standard_error
+    in_bits = None if bound.bits_per_byte is None else bound.bits_per_byte * error / bound.total.mean
+    return {
+        "num_steps": bound.num_steps,
+        "nats_per_token": bound.total.mean,
+        "standard_error": error,
+        "perplexity": bound.perplexity,
+        "perplexity_standard_error": bound.perplexity * error,
+        "bits_per_byte": bound.bits_per_byte,
+        "bits_per_byte_standard_error": in_bits,
+        "parts": {name: value._asdict() for name, value in bound.parts.items()},
+    }
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

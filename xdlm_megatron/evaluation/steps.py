@@ -72,8 +72,7 @@ class StepObjective:
 class Chain:
     """Transitions alphas_K[i] -> alphas_K[i + 1] of a reverse chain, float64, increasing.
 
-    One of them is drawn for each row, stratified over the rows, so that K times its KL is unbiased for their
-    sum.
+    One of them is drawn for each row, stratified, so that K times its KL is unbiased for their sum.
     """
 
     alphas_K: Tensor
@@ -82,12 +81,19 @@ class Chain:
     def num_steps(self) -> int:
         return len(self.alphas_K) - 1
 
-    def build(self, samples: NoisedSamples, rows: NDArray[np.int64], num_rows: int) -> StepBatch:
-        """Row i is sample i with the noise of the samples' streams, at stratum i of num_rows."""
+    def build(
+        self,
+        samples: NoisedSamples,
+        rows: NDArray[np.int64],
+        strata: NDArray[np.int64],
+        num_strata: int,
+    ) -> StepBatch:
+        """The samples of these ids with the noise of their streams."""
         time_stream, noise_stream = samples.streams
         clean = samples.clean(rows)
         low_B, high_B = split_id(clean.id_B)
-        u_B = (uniform((samples.seed, time_stream), (0, 0, low_B, high_B)) + clean.id_B) / num_rows
+        stratum_B = torch.from_numpy(strata).to(clean.id_B.device)
+        u_B = (uniform((samples.seed, time_stream), (0, 0, low_B, high_B)) + stratum_B) / num_strata
         step_B = (u_B * self.num_steps).long()
         alphas_K = self.alphas_K.to(step_B.device)
         alpha_t_BS, alpha_s_BS = (
