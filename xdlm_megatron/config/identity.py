@@ -1,7 +1,8 @@
-"""What of a recipe makes it this experiment, and what may change while it goes on."""
+"""What of a recipe makes it this experiment, or this network, and what may change while it goes on."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from xdlm_megatron.config.gpu_rules import FP8_MCORE_FIELDS
@@ -65,18 +66,43 @@ FREE_FIELDS = (
         )
     ),
 )
+# Of `model`, how it learns and not what it computes.
+LEARNING_FIELDS = (
+    "model.hidden_dropout",
+    "model.attention_dropout",
+    "model.init_method_std",
+    "model.zero_init_head",
+)
+
+Change = tuple[str, Any, Any]  # dotted field, value before, value now
 
 
-def changed_fields(before: RunConfig, now: RunConfig) -> list[tuple[str, Any, Any]]:
-    """(field, value before, value now) of every field with which it is another experiment; none: the same."""
-    old, new = flat(to_tree(before)), flat(to_tree(now))
-    return [
-        (name, old.get(name), new.get(name))
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and name not in FREE_FIELDS
-        and any(name == fixed or name.startswith(fixed + ".") for fixed in FIXED_FIELDS)
-    ]
+def changed_fields(before: RunConfig, now: RunConfig) -> list[Change]:
+    """Every field with which it is another experiment; none: the same."""
+    return _changes(
+        to_tree(before), to_tree(now), lambda name: any(_is_in(name, fixed) for fixed in FIXED_FIELDS)
+    )
+
+
+def changed_network(saved: dict[str, Any], now: RunConfig, with_noise: bool) -> list[Change]:
+    """Every field with which the weights of a checkpoint mean another thing; none: they fit.
+
+    A knob that the checkpoint does not know yet had no effect.
+
+    Args:
+        saved: the recipe in the checkpoint, a tree.
+        with_noise: the noise is part of what they mean.
+    """
+    known = flat(saved)
+
+    def counts(name: str) -> bool:
+        if _is_in(name, "model.mcore"):  # what is not written there has Megatron's default
+            return True
+        of_network = _is_in(name, "model") and name not in LEARNING_FIELDS
+        of_states = name in ("data.vocab_size", "data.mask_id")
+        return name in known and (of_network or of_states or (with_noise and _is_in(name, "diffusion")))
+
+    return _changes(saved, to_tree(now), counts)
 
 
 def flat(tree: dict[str, Any]) -> dict[str, Any]:
@@ -92,3 +118,16 @@ def flat(tree: dict[str, Any]) -> dict[str, Any]:
 
     walk("", tree)
     return fields
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], counts: Callable[[str], bool]) -> list[Change]:
+    old, new = flat(before), flat(now)
+    return [
+        (name, old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and name not in FREE_FIELDS and counts(name)
+    ]
+
+
+def _is_in(name: str, section: str) -> bool:
+    return name == section or name.startswith(f"{section}.")

@@ -20,7 +20,7 @@ from xdlm_megatron.checkpoint.reader import (
 )
 from xdlm_megatron.config.derive import derive, run_folder
 from xdlm_megatron.config.gpu_rules import TRAINING_MCORE_FIELDS
-from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.identity import changed_network
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.model.build import build_model, unwrap
 from xdlm_megatron.optim.ema import load_into_parameters
@@ -73,9 +73,7 @@ def restore_model(
     """
     check_whole(path, mesh)
     plain = load_plain_values(path)
-    # What was converted from another format was trained with no noise of ours.
-    sections = ("model",) if "converted_from" in plain else ("model", "diffusion")
-    _check_same_model(config, plain["recipe"], path, sections)
+    _check_same_model(config, plain, path)
     if use_ema and "ema_updates" not in plain:
         raise CheckpointError(f"{path} holds no averaged weights; add --no-ema")
     chunks = build_model(_without_training(config), mesh, draw_weights=False)
@@ -101,14 +99,13 @@ def _without_training(config: RunConfig) -> RunConfig:
     )
 
 
-def _check_same_model(config: RunConfig, saved: dict, path: Path, sections: tuple[str, ...]) -> None:
-    """Refuses another model or another noise. A knob that the checkpoint does not know yet had no effect."""
-    now = to_tree(config)
-    # Who computes the layers is this machine's affair.
-    names = [(section, name) for section in sections for name in now[section] if name != "transformer_impl"]
-    for section, name in [*names, ("data", "vocab_size"), ("data", "mask_id")]:
-        if name in saved[section] and saved[section][name] != now[section][name]:
-            raise CheckpointError(
-                f"{path} was trained with {section}.{name}={saved[section][name]!r} and the recipe says "
-                f"{now[section][name]!r}; use the run folder's recipe.yaml"
-            )
+def _check_same_model(config: RunConfig, plain: dict, path: Path) -> None:
+    """Refuses another network or another noise; what was converted was trained with no noise of ours."""
+    with_noise = "converted_from" not in plain
+    changed = changed_network(plain["recipe"], config, with_noise)
+    if changed:
+        there = ", ".join(f"{name}={value!r}" for name, value, _ in changed)
+        here = ", ".join(repr(value) for _, _, value in changed)
+        raise CheckpointError(
+            f"{path} was trained with {there} and the recipe says {here}; use the run folder's recipe.yaml"
+        )

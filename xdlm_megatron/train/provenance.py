@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron import __version__
-from xdlm_megatron.config.identity import FREE_FIELDS, changed_fields, flat
+from xdlm_megatron.checkpoint.integrity import MANIFEST
+from xdlm_megatron.config.identity import changed_fields
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe, to_tree
 from xdlm_megatron.config.record import ENVIRONMENT
 from xdlm_megatron.config.schema import RunConfig
@@ -19,14 +21,6 @@ from xdlm_megatron.data.indexed import load_manifest
 
 RECIPE = "recipe.yaml"
 DATA = "data.json"
-
-# Of `model`, how it learns: a run with other values may begin with its weights.
-LEARNING_FIELDS = (
-    "model.hidden_dropout",
-    "model.attention_dropout",
-    "model.init_method_std",
-    "model.zero_init_head",
-)
 
 
 def write_recipe(folder: Path, config: RunConfig) -> None:
@@ -39,11 +33,21 @@ def write_data(folder: Path, config: RunConfig) -> None:
     _write_whole(folder / DATA, json.dumps(_describe_data(config), indent=2) + "\n")
 
 
-def record_start(folder: Path, config: RunConfig, step: int, world_size: int) -> None:
-    """One line for every start of the run: step, layout, job, package versions, git commit."""
+def record_start(
+    folder: Path, config: RunConfig, step: int, world_size: int, initial: Path | None = None
+) -> None:
+    """One line for every start of the run: step, layout, job, package versions, git commit.
+
+    initial: the checkpoint that this start took its weights from; its manifest has their checksums.
+    """
     start = {
         "step": step,
         "world_size": world_size,
+        "init_from": initial
+        and {
+            "checkpoint": str(initial),
+            "manifest_sha256": hashlib.sha256((initial / MANIFEST).read_bytes()).hexdigest(),
+        },
         "parallel": to_tree(config)["parallel"],
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
         "precision": to_tree(config)["precision"],
@@ -71,28 +75,6 @@ def check_same_experiment(folder: Path, config: RunConfig) -> None:
         raise ConfigError(
             "\n".join([f"{folder}: the recipe is not the one this run began with; {cure}", *changed])
         )
-
-
-def check_same_network(config: RunConfig, saved: dict[str, Any], path: Path) -> None:
-    """Compares the network with that of a checkpoint to begin from. Its noise, data and training are its own.
-
-    saved: the recipe in the checkpoint `path`.
-
-    Raises:
-        ConfigError: it computes something else; names each field with both values.
-    """
-    before, now = flat(saved), flat(to_tree(config))
-    changed = [
-        f"  {name}: there {before.get(name)!r}, in the recipe {now.get(name)!r}"
-        for name in sorted(before.keys() | now.keys())
-        if before.get(name) != now.get(name)
-        and name not in FREE_FIELDS
-        and name not in LEARNING_FIELDS
-        and (name.startswith("model.") or name in ("data.vocab_size", "data.mask_id"))
-    ]
-    if changed:
-        cure = "correct the recipe, or name another checkpoint"
-        raise ConfigError("\n".join([f"train.init_from: {path} is of another network; {cure}", *changed]))
 
 
 def check_same_data(folder: Path, config: RunConfig) -> None:

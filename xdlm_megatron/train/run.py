@@ -22,7 +22,8 @@ from xdlm_megatron.checkpoint.reader import (
 from xdlm_megatron.checkpoint.summary import read_plain_values
 from xdlm_megatron.checkpoint.writer import CheckpointWriter
 from xdlm_megatron.config.derive import Derived, derive, head_fusion, keeps_documents_apart, run_folder
-from xdlm_megatron.config.load import to_tree
+from xdlm_megatron.config.identity import changed_network
+from xdlm_megatron.config.load import ConfigError, to_tree
 from xdlm_megatron.config.record import last_start, run_params, run_tags
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_train_samples
@@ -54,7 +55,6 @@ from xdlm_megatron.train.provenance import (
     RECIPE,
     check_same_data,
     check_same_experiment,
-    check_same_network,
     record_start,
     write_data,
     write_recipe,
@@ -216,7 +216,7 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
             run.load_weights(initial)
         state = run.load(start) if start is not None else TrainState()
         mesh.barrier()
-        on_main_in(folder, mesh, lambda: _prepare_folder(run, state))
+        on_main_in(folder, mesh, lambda: _prepare_folder(run, state, initial))
         peak, source = peak_flops(mesh.device, DTYPES[config.precision.dtype])
         if mesh.is_main:
             print(describe(run, state, source), flush=True)
@@ -234,13 +234,13 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         return outcome
 
 
-def _prepare_folder(run: Run, state: TrainState) -> None:
+def _prepare_folder(run: Run, state: TrainState, initial: Path | None) -> None:
     """Before the first step, by the main process: every file says what it will say."""
     (run.folder / CHECKPOINTS).mkdir(exist_ok=True)  # before the recipe: a run without it has lost it
     if not (run.folder / RECIPE).exists():
         write_data(run.folder, run.config)
         write_recipe(run.folder, run.config)
-    record_start(run.folder, run.config, state.step, run.mesh.world_size)
+    record_start(run.folder, run.config, state.step, run.mesh.world_size, initial)
     for name in (METRICS, SPIKES):
         truncate_after(run.folder / name, state.step)
 
@@ -309,7 +309,16 @@ def _find_initial(config: RunConfig) -> Path | None:
             f"train.init_from={config.train.init_from} holds no checkpoint; make one by `convert RECIPE "
             "--from-hf FOLDER`, or name a run's folder checkpoints"
         )
-    check_same_network(config, read_plain_values(path)["recipe"], path)
+    changed = changed_network(read_plain_values(path)["recipe"], config, with_noise=False)
+    if changed:
+        lines = [f"  {name}: there {there!r}, in the recipe {here!r}" for name, there, here in changed]
+        cure = "correct the recipe, or name another checkpoint"
+        raise ConfigError("\n".join([f"train.init_from: {path} is of another network; {cure}", *lines]))
+    if config.precision.fp8_param_gather:
+        raise CheckpointError(
+            "precision.fp8_param_gather=true would round the master weights of train.init_from to FP8; begin "
+            "with false, a --resume may turn it on"
+        )
     return path
 
 

@@ -139,6 +139,21 @@ def test_what_was_converted_knows_no_noise(folder: Path, tmp_path: Path) -> None
         run(config_for(tmp_path / "converted", model={"rotary_base": 7}), checkpoint, IDS_BS)
 
 
+def test_what_a_recipe_trains_under_does_not_matter(folder: Path, tmp_path: Path) -> None:
+    """One process and PyTorch's layers convert for FP8, many stages and recomputation."""
+    config = config_for(
+        tmp_path / "converted",
+        model={"mcore": {"recompute_granularity": "full", "recompute_method": "block"}},
+        parallel={"pipeline_model_parallel_size": 2},
+        precision={"dtype": "bfloat16", "fp8": "hybrid"},
+        data={"seq_length": 32},
+    )
+    plain = config_for(tmp_path / "plain", precision={"dtype": "bfloat16"})
+    checkpoints = [convert_from_hf(each, folder) for each in (config, plain)]
+    logits = [run(plain, checkpoint, IDS_BS) for checkpoint in checkpoints]
+    assert torch.equal(*logits)
+
+
 def test_names_are_those_of_the_published_weights() -> None:
     """GSAI-ML/LLaDA-8B-Base's index: 291 tensors, total_size 16,031,162,368 in bfloat16."""
     config = load_recipe(Path(__file__).parents[3] / "examples/llada_8b_cpt.yaml")

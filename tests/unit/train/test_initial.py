@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -58,6 +60,10 @@ def test_weights_are_taken_and_all_else_starts_afresh(source: Any, tiny_recipe: 
         if source[0]["dtype"] == "bfloat16":
             assert torch.equal(after[f"optimizer.state.param.{name}"], before[name].float()), name
     assert series(config, "consumed_samples") == [8]
+    start = json.loads((tmp_path / "later/environment.jsonl").read_text())["init_from"]
+    manifest = (source[1] / "step_00000003/manifest.json").read_bytes()
+    assert start["checkpoint"] == str(source[1] / "step_00000003")
+    assert start["manifest_sha256"] == hashlib.sha256(manifest).hexdigest()
     moments = "optimizer.state.exp_avg.decoder.layers.mlp.linear_fc2.weight"
     assert not torch.equal(after[moments], before[moments])
 
@@ -105,6 +111,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     with pytest.raises(ConfigError, match=r"train\.init_from: .* is of another network") as error:
         train(beginning(tiny_recipe, tmp_path, source, model=other))
     assert "model.num_layers: there 2, in the recipe 4" in str(error.value)
+    mcore = {"rotary_interleaved": True}
+    with pytest.raises(
+        ConfigError, match=r"model\.mcore\.rotary_interleaved: there None, in the recipe True"
+    ):
+        train(beginning(tiny_recipe, tmp_path, source, model={"mcore": mcore}))
     assert "model.rotary_base: there 10000, in the recipe 77" in str(error.value)
     damaged = source[0], tmp_path / "damaged"
     shutil.copytree(source[1], damaged[1])
