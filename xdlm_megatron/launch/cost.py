@@ -2,8 +2,7 @@
 
 A micro-batch passes a layer at the rate of its matrix products, of its attention, of its memory traffic and
 of the messages of its tensor- and context-parallel groups, one after the other: nothing is taken to overlap,
-as nothing does with the layers and the data-parallel wrapper of this package. Small work is bounded below by
-the launches of kernels.
+as nothing does unless the recipe asks for it. Small work is bounded below by the launches of kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from xdlm_megatron.launch.gpus import Gpu
 from xdlm_megatron.launch.layout import Layout, Shape
-from xdlm_megatron.launch.memory import layer_activations, rank_parameters
+from xdlm_megatron.launch.memory import layer_activations, layer_matrices, rank_parameters
 
 # Assumed, not measured here. Each is a share of the data sheet's rate unless it has a unit.
 PRODUCT_EFFICIENCY = 0.75  # of a large matrix product
@@ -30,11 +29,13 @@ ASSUMPTIONS = (
     f"matrix products at {PRODUCT_EFFICIENCY:.0%} of the peak rate times n / (n + {HALF_SPEED_SIZE}), n the "
     f"smallest side; attention at {ATTENTION_EFFICIENCY:.0%}; HBM at {MEMORY_EFFICIENCY:.0%}, links and "
     f"network at {LINK_EFFICIENCY:.0%} of their data sheets",
-    "no communication is hidden behind work but the messages of an interleaved pipeline; a collective takes "
+    "no communication is hidden behind work but the messages of an interleaved pipeline "
+    "(parallel.overlap_grad_reduce and its like may hide some); a collective takes "
     f"{LATENCY * 1e6:.0f} us to start, a kernel {LAUNCH * 1e6:.0f} us",
     "ranks lie as Megatron orders them (tensor, context, data, pipeline): a group that leaves its node goes "
     "at the network's rate",
-    "FLOPs count full (bidirectional) attention and the head; MFU counts none that are computed twice",
+    "FLOPs count full (bidirectional) attention and the head; MFU counts none that are computed twice, and "
+    "takes the peak rate of precision.dtype, also where layers are in FP8",
 )
 
 
@@ -127,6 +128,8 @@ def _layer_seconds(shape: Shape, layout: Layout, gpu: Gpu) -> float:
     product_flops = 2 * t * (3 * (attention_matrices + mlp_matrices) + again)
     side = min(t, shape.hidden, shape.query // tp, shape.ffn // tp)
     rate = gpu.flops(shape.dtype)
+    fp8 = shape.fp8_share
+    products = product_flops * ((1 - fp8) / rate + fp8 / (gpu.fp8_flops or rate))
     passes = 3 + (layout.recompute == "full")
     attention_flops = passes * 4 * t * shape.seq_length * shape.query / tp
     traffic = TRAFFIC * layer_activations(shape, layout, "none")
@@ -136,7 +139,7 @@ def _layer_seconds(shape: Shape, layout: Layout, gpu: Gpu) -> float:
     if layout.recompute != "none":
         kernels += KERNELS_FORWARD if layout.recompute == "full" else KERNELS_FORWARD // 4
     busy = (
-        product_flops / (rate * _product_efficiency(side))
+        products / _product_efficiency(side)
         + attention_flops / (rate * ATTENTION_EFFICIENCY)
         + traffic / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
     )
@@ -190,6 +193,9 @@ def _data_parallel(shape: Shape, layout: Layout, gpu: Gpu) -> tuple[float, float
     parameters = max(rank_parameters(shape, layout, stage) for stage in (0, layout.pp - 1))
     once = parameters * (ranks - 1) / ranks
     sent = once * (4 + shape.bytes) if shape.distributed_optimizer else once * 2 * 4
+    if shape.fp8_param_gather:
+        in_fp8 = shape.fp8_share * layout.layers(shape) * layer_matrices(shape, layout)
+        sent -= in_fp8 * (shape.bytes - 1) * (ranks - 1) / ranks
     return sent, _send(sent, 2, layout.tp, ranks, gpu)
 
 

@@ -9,7 +9,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes that a process finds. link: to GPUs of its node; network: to those of other nodes."""
+    """memory: bytes that a process finds. link: to GPUs of its node; network: to those of other nodes.
+
+    fp8_flops: None where it has no FP8.
+    """
 
     name: str
     memory: float
@@ -20,6 +23,7 @@ class Gpu:
     network: float
     per_node: int
     source: str
+    fp8_flops: float | None = None
 
     @property
     def model(self) -> str:
@@ -50,10 +54,23 @@ GPUS = {
         Gpu(
             "a100", 79.1 * GIB, 312e12, 19.5e12, 2.039e12, 300e9, 25e9, 8, "NVIDIA A100 data sheet, SXM 80 GB"
         ),
-        Gpu("h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 data sheet, SXM"),
-        Gpu("h200", 139.8 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 data sheet, SXM"),
         Gpu(
-            "b200", 178.4 * GIB, 2250e12, 75e12, 8e12, 900e9, 50e9, 8, "NVIDIA DGX B200 data sheet, an eighth"
+            "h100", 79.1 * GIB, 989e12, 67e12, 3.35e12, 450e9, 50e9, 8, "NVIDIA H100 data sheet, SXM", 1979e12
+        ),
+        Gpu(
+            "h200", 139.8 * GIB, 989e12, 67e12, 4.8e12, 450e9, 50e9, 8, "NVIDIA H200 data sheet, SXM", 1979e12
+        ),
+        Gpu(
+            "b200",
+            178.4 * GIB,
+            2250e12,
+            75e12,
+            8e12,
+            900e9,
+            50e9,
+            8,
+            "NVIDIA DGX B200 data sheet, an eighth",
+            4500e12,
         ),
         Gpu(
             "l40s",
@@ -65,6 +82,7 @@ GPUS = {
             25e9,
             8,
             "NVIDIA L40S data sheet, PCIe 4.0 x16",
+            733e12,
         ),
     )
 }

@@ -18,6 +18,7 @@ from xdlm_megatron.config.derive import (
     num_query_groups,
     pad_vocab_size,
 )
+from xdlm_megatron.config.gpu_rules import FP8_MULTIPLE
 from xdlm_megatron.config.schema import RunConfig
 
 Recompute = Literal["none", "mlp", "full"]
@@ -32,6 +33,8 @@ class Shape:
     """What of a recipe costs memory and time. query, key: widths of all query and all key heads.
 
     masks_only: uniform_ratio is 0. batch_unit: divides every batch of a ramp-up; global_batch without one.
+    engine: the recipe asks for Transformer Engine's layers. fp8_layers: those whose products are in FP8.
+    multiple: of all sides of a product, and of a sequence.
     """
 
     num_layers: int
@@ -56,10 +59,15 @@ class Shape:
     total_tokens: int
     num_parameters: int
     flops_per_token: float
+    engine: bool
+    fp8_layers: int
+    fp8_param_gather: bool
+    multiple: int
 
     @classmethod
     def of(cls, config: RunConfig) -> Shape:
-        model, data = config.model, config.data
+        model, data, precision = config.model, config.data, config.precision
+        in_bf16 = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
         return cls(
             num_layers=model.num_layers,
             hidden=model.hidden_size,
@@ -83,7 +91,16 @@ class Shape:
             total_tokens=consumed_after(config.train, config.train.num_steps) * data.seq_length,
             num_parameters=num_parameters(config),
             flops_per_token=flops_per_token(config),
+            engine=model.transformer_impl == "transformer_engine" or precision.fp8 is not None,
+            fp8_layers=model.num_layers - in_bf16 if precision.fp8 else 0,
+            fp8_param_gather=precision.fp8_param_gather,
+            multiple=FP8_MULTIPLE[precision.fp8_recipe] if precision.fp8 else 1,
         )
+
+    @property
+    def fp8_share(self) -> float:
+        """Of the layers."""
+        return self.fp8_layers / self.num_layers
 
     @property
     def query(self) -> int:
@@ -216,14 +233,15 @@ def all_layouts(shape: Shape, world: int, per_node: int, fuse_head: FuseHead) ->
 
     Tensor parallelism stays within a node and takes sequence parallelism where the sequence divides.
     """
+    widths = shape.ffn, shape.query, shape.query + 2 * shape.key
     for tp in _divisors(world, per_node):
-        if shape.heads % tp or shape.groups % tp or shape.ffn % tp:
+        if shape.heads % tp or shape.groups % tp or any(width % (tp * shape.multiple) for width in widths):
             continue
         for pp in _divisors(world // tp, shape.num_layers):
             if shape.num_layers % pp:
                 continue
             for cp in _divisors(world // (tp * pp), MAX_CONTEXT):
-                if shape.seq_length % cp:
+                if shape.seq_length % (cp * shape.multiple):
                     continue
                 base = Layout(
                     world,

@@ -4,7 +4,8 @@ Counted from what Megatron-Core and this package keep: tests/unit/launch measure
 optimizer, EMA, activations and logits on real models, rank by rank. Not counted: temporary tensors of a
 kernel, fragments of the allocator, libraries. RESERVE stands for them.
 
-t is the tokens of a micro-batch on one context-parallel rank, e the bytes of an activation.
+t is the tokens of a micro-batch on one context-parallel rank, e the bytes of an activation, p those of what a
+product of a layer keeps: 1 in FP8. What Transformer Engine keeps is counted from its code alone.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _of_stage(shape: Shape, layout: Layout, stage: int) -> Memory:
     last = stage == layout.pp - 1
     layer = layer_activations(shape, layout, "none")
     return Memory(
-        weights=parameters * shape.bytes,
+        weights=parameters * shape.bytes + fp8_copies(shape, layout),
         gradients=parameters * 4,
         optimizer=parameters * (main + MOMENTS) / shards,
         ema=parameters * AVERAGE / shards if shape.ema else 0,
@@ -61,11 +62,9 @@ def _of_stage(shape: Shape, layout: Layout, stage: int) -> Memory:
 def rank_parameters(shape: Shape, layout: Layout, stage: int) -> int:
     """Parameters of a process of the stage: matrices split over tensor parallelism, norms whole."""
     tp = layout.tp
-    attention = shape.hidden * (2 * shape.query + 2 * shape.key) // tp
-    mlp = 3 * shape.hidden * shape.ffn // tp
     norms = 2 * shape.hidden + (2 * shape.head if shape.qk_layernorm else 0)
     embedding = layout.padded_vocab(shape) // tp * shape.hidden
-    total = layout.layers(shape) * (attention + mlp + norms)
+    total = layout.layers(shape) * (layer_matrices(shape, layout) + norms)
     if stage == 0:
         total += embedding
     if stage == layout.pp - 1:
@@ -75,21 +74,34 @@ def rank_parameters(shape: Shape, layout: Layout, stage: int) -> int:
     return total
 
 
+def layer_matrices(shape: Shape, layout: Layout) -> int:
+    """Elements of one layer's matrices on a process."""
+    return shape.hidden * (2 * shape.query + 2 * shape.key + 3 * shape.ffn) // layout.tp
+
+
+def fp8_copies(shape: Shape, layout: Layout) -> float:
+    """Bytes that FP8 adds to weights: a copy and its transpose, beside bfloat16's or, gathered, alone."""
+    if shape.fp8_param_gather:
+        return 0
+    return 2 * shape.fp8_share * layout.layers(shape) * layer_matrices(shape, layout)
+
+
 def layer_activations(
     shape: Shape, layout: Layout, recompute: str | None = None, fused_norms: bool = True
 ) -> float:
-    """What one layer keeps for its backward pass, for one micro-batch.
+    """What one layer keeps for its backward pass, for one micro-batch; the mean where some are in FP8.
 
     fused_norms: RMSNorm is one kernel, as on CUDA; on a CPU it is several, which keep copies.
     """
     recompute = layout.recompute if recompute is None else recompute
     t, e, tp = layout.tokens(shape), shape.bytes, layout.tp
+    p = e - shape.fp8_share * (e - 1)
     residual = t * shape.hidden / layout.sequence_slices
     if recompute == "full":
         return residual * e
     query, key, ffn = (t * width / tp for width in (shape.query, shape.key, shape.ffn))
     heads, groups = t * shape.heads / tp, t * shape.groups / tp
-    total = 2 * (residual * e + _norm(residual, t / layout.sequence_slices, e, fused_norms))
+    total = 2 * (residual * p + _norm(residual, t / layout.sequence_slices, e, fused_norms))
     if layout.cp == 1 or (shape.qk_layernorm and (fused_norms or e == 4)):
         total += (query + 2 * key) * e  # the product with W_qkv, while a view of a part of it is kept
     if shape.qk_layernorm:
@@ -103,13 +115,17 @@ def layer_activations(
     total += query * e + key * layout.cp * e  # rotated; keys (and values) of the whole sequence
     total += key * layout.cp * e if layout.cp > 1 else 0
     total += query * e + 4 * heads  # attention's output and its log-sum-exp
+    total += query * shape.fp8_share  # and that output again, in FP8
     positions = t if shape.masked else shape.seq_length / layout.cp
     total += 4 * positions * shape.head * e  # cosines and sines of q and k
     if shape.masked:
         total += t * shape.seq_length * e  # the mask, added to the scores
     if shape.dropout:
         total += 2 * residual * (1 if fused_norms else e)
-    return total + (0 if recompute == "mlp" else 5 * ffn * e)
+    if recompute == "mlp":
+        return total
+    # Gate and value, and their product; unfused also the gate's sigmoid and what of it was multiplied.
+    return total + ffn * ((2 * e + p) if shape.engine else 5 * e)
 
 
 def _norm(elements: float, rows: float, e: int, fused: bool) -> float:

@@ -62,6 +62,10 @@ def choose_gpu(name: str, memory_gib: float | None) -> Gpu:
 def make_plan(config: RunConfig, gpu: Gpu, world: int, top: int = 8) -> Plan:
     """Prices the recipe's layout and every other one on `world` GPUs."""
     shape = Shape.of(config)
+    if shape.fp8_layers and gpu.fp8_flops is None:
+        raise ValueError(
+            f"precision.fp8={config.precision.fp8}: GPUs of type {gpu.name} have none; set it to null"
+        )
     best: dict[tuple[int, ...], Candidate] = {}
     nearest: list[Candidate] = []
     num_tried = 0

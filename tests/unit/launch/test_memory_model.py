@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -262,3 +263,44 @@ def test_auto_fuses_where_training_does(uniform_ratio: float, micro_batch: int) 
     noise = StationaryNoise(uniform_ratio, 126_464, 44)
     pays = fusing_pays(micro_batch * 16, 126_464, noise, "cuda")
     assert Layout(1, micro_batch=micro_batch).fuses_head(Shape.of(config)) == pays
+
+
+# FP8 and Transformer Engine, whose tensors need a GPU: against what its code keeps, counted here by hand
+
+FP8 = {"dtype": "bfloat16", "fp8": "hybrid"}
+T, H, Q, K, F = (
+    16,
+    32,
+    32,
+    16,
+    64,
+)  # tokens; widths of the residual, of all query and all key heads, of the MLP
+MATRICES = H * Q + 2 * H * K + Q * H + 3 * H * F
+
+
+def fp8_shape(**precision: Any) -> Shape:
+    model = {"num_layers": 4, "ffn_hidden_size": F, "transformer_impl": "transformer_engine"}
+    return Shape.of(small_config(model=model, precision=precision, data={"seq_length": T}))
+
+
+def test_fp8_keeps_two_copies_of_a_weight_of_its_layers() -> None:
+    def weights(**precision: Any) -> float:
+        return stage_memory(fp8_shape(**precision), Layout(1)).weights
+
+    plain = weights(dtype="bfloat16")
+    assert weights(**FP8) - plain == 4 * 2 * MATRICES
+    assert weights(**FP8, num_layers_at_start_in_bf16=1) - plain == 3 * 2 * MATRICES
+    assert weights(**FP8, fp8_param_gather=True) == plain
+
+
+def test_fp8_keeps_the_inputs_of_products_in_a_byte() -> None:
+    """Of four products: behind the norms, of SwiGLU, and of attention, whose own output stays in bfloat16."""
+    plain, fp8 = (layer_activations(fp8_shape(**p), Layout(1)) for p in ({"dtype": "bfloat16"}, FP8))
+    assert plain - fp8 == T * (H + H + F - Q)
+
+
+def test_fused_swiglu_keeps_gate_value_and_product() -> None:
+    engine = fp8_shape(dtype="bfloat16")
+    local = dataclasses.replace(engine, engine=False)
+    fused, apart = (layer_activations(shape, Layout(1)) for shape in (engine, local))
+    assert apart - fused == 2 * T * F * 2

@@ -236,3 +236,24 @@ def test_a_plan_imports_nothing_heavy(eight: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "heavy: []"
+
+
+@pytest.mark.parametrize(("size", "world"), [("1b", 16), ("8b", 128)])
+def test_fp8_fits_and_is_predicted_faster(size: str, world: int) -> None:
+    plans = [
+        make_plan(load_recipe(REPOSITORY / f"examples/xdlm_{size}{kind}.yaml"), GPUS["h100"], world)
+        for kind in ("", "_fp8")
+    ]
+    plain, fp8 = (plan.recipe for plan in plans)
+    assert fp8.fits
+    assert 1.1 < fp8.step.tokens_per_second / plain.step.tokens_per_second < 2
+    for found in plans[1].ranked:  # what the search proposes loads
+        load_recipe(REPOSITORY / f"examples/xdlm_{size}_fp8.yaml", found.layout.overrides())
+
+
+def test_fp8_on_a_gpu_without_it_is_refused() -> None:
+    config = load_recipe(REPOSITORY / "examples/xdlm_1b_fp8.yaml")
+    with pytest.raises(
+        ValueError, match=r"precision\.fp8=hybrid: GPUs of type a100 have none; set it to null"
+    ):
+        make_plan(config, GPUS["a100"], 16)

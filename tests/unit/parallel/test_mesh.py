@@ -12,6 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.unit.launch.ranks import rank_of
+from tests.unit.model.small import small_config
 from xdlm_megatron.parallel.mesh import open_mesh
 
 
@@ -93,6 +95,8 @@ def test_more_processes_than_gpus_are_refused_by_all(
 
 PROGRAM = """
 import json, torch, xdlm_megatron.parallel
+from tests.unit.launch.ranks import rank_of
+from tests.unit.model.small import small_config
 from xdlm_megatron.parallel.mesh import open_mesh
 torch.distributed.init_process_group("gloo")  # once: a second rendezvous at the same port may meet the first
 seen = []
@@ -150,3 +154,18 @@ def test_two_processes() -> None:
     assert second[2] == [2, 0, 1, False, True, no, yes, *told]  # pipeline: the last stage counts
     assert first[3] == [2, 0, 1, True, False, [True, False], [False, False], *told]
     assert second[3] == [2, 0, 1, False, True, [False, False], [False, True], *told]
+
+
+@pytest.mark.parametrize(
+    ("rank", "stage", "pair"), [(0, range(8), range(4)), (13, range(8, 16), range(12, 16))]
+)
+def test_fp8_reduces_its_largest_values_over_a_stage(rank: int, stage: range, pair: range) -> None:
+    """Tensor, context and data parallel (with tp_only_amax_red the first two), and no other stage."""
+    from megatron.core.parallel_state import get_amax_reduction_group  # noqa: TID251  (FP8's only reader)
+
+    sizes = ("tensor_model", "pipeline_model", "context")
+    config = small_config(parallel={f"{name}_parallel_size": 2 for name in sizes})
+    with rank_of(config, rank, 16):
+        for tp_only, wanted in ((False, stage), (True, pair)):
+            group = get_amax_reduction_group(with_context_parallel=True, tp_only_amax_red=tp_only)
+            assert dist.get_process_group_ranks(group) == list(wanted)
