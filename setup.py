@@ -105,7 +105,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["xdlm_megatron", "xdlm_megatron.*"]),
-    package_data={"xdlm_megatron.kernels": ["csrc/*"]},
+    package_data={"xdlm_megatron.kernels": ["csrc/*"], "xdlm_megatron.evaluation": ["*.html"]},
     cmdclass={"build_py": BuildWithKernels, "bdist_wheel": PlatformWheel},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,

@@ -128,7 +128,7 @@ def test_verbs(mistake: Mistake, small: Path) -> None:
         (["sample", "--temperature", "-1"], "--temperature: must be at least 0"),
         (["sample", "--temperature", "inf"], "--temperature: must be at least 0"),
         (["sample", "--temperature", "0"], "sampling.temperature: Input should be greater than 0"),
-        (["sample", "--sampler", "best"], "sampling.kind: Input should be 'ancestral' or "),
+        (["sample", "--sampler", "best"], "sampling.kind: Input should be 'ancestral', "),
         (["sample", "--sampler", "confidence", "--final", "none"], "sampling.final: no such field"),
         (["sample", "--seed", "-1"], "--seed: must be a whole number in [0, 2^32)"),
         (["sample", "--trace", "1"], "--trace: must be 0, or at least 2"),
@@ -306,6 +306,39 @@ def test_files_that_cannot_be_evaluated(
     if line is not None:
         (tmp_path / file).write_text(line + "\n")
     assert message in mistake("evaluate", trained, flag, f"{rules}{equals}{tmp_path / file}")
+
+
+def test_samples_are_kept_with_what_made_them(
+    copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sampler = ["--sampler", "saber", "sampling.variant=paper", "--suffix", "to be", "--trace", "2"]
+    runs = tmp_path / "runs"
+    assert main(["sample", str(copied), f"run.output_dir={runs}", *sampler, "--num-samples", "2"]) == 0
+    said = capfd.readouterr().out
+    (kept,) = runs.glob("*/samples/*saber*.json")
+    assert str(kept) in said
+    assert kept.with_suffix(".png").stat().st_size > 1000
+    assert "saber" in kept.with_suffix(".html").read_text()
+    record = json.loads(kept.read_text())
+    assert record["sampling"] == {
+        "kind": "saber",
+        "variant": "paper",
+        "min_tokens": 2,
+        "backtrack_every": 8,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "guidance_scale": 0.0,
+        "block_size": None,
+    }
+    assert (record["seed"], record["suffix"]) == (1, "to be")
+    assert len(record["checkpoint_hash"]) == 32
+    first, second = record["samples"]
+    assert first["text"].endswith("to be")
+    assert first["text"] in said
+    free = sum(step > 0 for step in first["last_change"])
+    assert first["parallelism"] == pytest.approx(free / first["steps"])
+    assert record["mean"]["steps"] == (first["steps"] + second["steps"]) / 2
+    assert -1 <= first["kendall_tau"] <= 1
 
 
 # What is not the user's mistake

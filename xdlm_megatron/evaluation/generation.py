@@ -115,7 +115,7 @@ def generate(
         )
     return Samples(
         torch.cat([batch.ids_BS for batch in batches]),
-        snapshots,
+        snapshots[: 1 + int(batches[0].steps_B[0])],  # others of its batch may have taken more steps
         torch.cat([batch.evaluations_B for batch in batches]),
         torch.cat([batch.steps_B for batch in batches]),
         torch.cat([batch.last_change_BS for batch in batches]),

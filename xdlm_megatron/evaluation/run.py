@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -13,7 +17,12 @@ from xdlm_megatron.evaluation.generation import (
     observe,
 )
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restored, which_weights
-from xdlm_megatron.evaluation.text_stats import unigram_entropy
+from xdlm_megatron.evaluation.samples_on_disk import (
+    describe_samples,
+    mean_of,
+    write_samples,
+    write_traces,
+)
 from xdlm_megatron.evaluation.trace import print_trace
 from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 
@@ -21,36 +30,52 @@ from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 def sample(
     config: RunConfig, options: SampleOptions, checkpoint: str | None = None, use_ema: bool = True
 ) -> Samples:
-    """Prints samples of a checkpoint with their unigram entropy, and a trace of the first if asked for."""
+    """Prints samples of a checkpoint, and a trace of the first if asked for; `samples/` of the run folder
+    gets them with all that made them.
+    """
     path = choose_checkpoint(config, checkpoint)
     tokenizer = load_tokenizer(config.data.tokenizer)
     noise, schedule = build_noise(config), build_schedule(config.diffusion)
     given = (tokenizer.encode(text) if text else [] for text in (options.prompt, options.suffix))
     with restored(config, path, use_ema) as (mesh, chunks, step):
         kernels = choose_kernels_together(config.train.kernels, mesh)
+        observed_S = observe(config.data.seq_length, *given, mesh.device)
         samples = generate(
             build_denoiser(chunks, mesh),
             options,
             config.sampling,
             noise,
             schedule,
-            observe(config.data.seq_length, *given, mesh.device),
+            observed_S,
             config.train.micro_batch_size,
             kernels.draw_shard,
         )
         if mesh.is_main:
             print(f"tokens drawn by {kernels.reason}")
-            _report_samples(
-                tokenizer, config, options, samples, f"{path} (step {step}, {which_weights(use_ema)})"
+            records = describe_samples(tokenizer, observed_S, samples)
+            title = f"{path} (step {step}, {which_weights(use_ema)})"
+            _print_samples(tokenizer, config, options, samples, records, title)
+            name = (
+                f"{path.name}-{'ema' if use_ema else 'plain'}-{config.sampling.kind}-seed{options.seed}.json"
             )
+            file = run_folder(config) / "samples" / name
+            write_samples(file, config, options, path, step, use_ema, records)
+            if options.trace_frames:
+                write_traces(file, tokenizer, observed_S, samples, title, _facts(config, records[:1]))
+            beside = ", and its trace as .png and .html" if options.trace_frames else ""
+            print(f"{file}{beside}", flush=True)
     return samples
 
 
-def _report_samples(
-    tokenizer: Tokenizer, config: RunConfig, options: SampleOptions, samples: Samples, title: str
+def _print_samples(
+    tokenizer: Tokenizer,
+    config: RunConfig,
+    options: SampleOptions,
+    samples: Samples,
+    records: list[dict[str, Any]],
+    title: str,
 ) -> None:
-    steps, calls = samples.steps.double().mean(), samples.evaluations.double().mean()
-    print(f"{title}: {config.sampling.kind}, {steps:.4g} steps, {calls:.4g} network calls a sample")
+    print(f"{title}: {_facts(config, records)}")
     if options.trace_frames:
         print_trace(
             [ids.cpu().numpy() for _, ids in samples.snapshots],
@@ -59,6 +84,15 @@ def _report_samples(
             tokenizer.mask_id,
             max_frames=options.trace_frames,
         )
-    for index, ids in enumerate(samples.ids.cpu().numpy()):
-        print(f"--- sample {index + 1}: unigram entropy {unigram_entropy(ids):.3f} nats per token")
-        print(tokenizer.decode(ids.tolist()), flush=True)
+    for index, record in enumerate(records, start=1):
+        print(f"--- sample {index}: unigram entropy {record['unigram_entropy']:.3f} nats per token")
+        print(record["text"], flush=True)
+
+
+def _facts(config: RunConfig, records: list[dict[str, Any]]) -> str:
+    """One line on how the samples were made, means over them."""
+    calls, per_step, tau = (
+        mean_of(records, name) for name in ("network_calls", "parallelism", "kendall_tau")
+    )
+    order = "" if math.isnan(tau) else f", order {tau:+.2f} (1: left to right)"
+    return f"{config.sampling.kind}, {calls:.4g} network calls, {per_step:.3g} tokens a step{order}"

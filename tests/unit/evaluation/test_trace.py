@@ -1,6 +1,7 @@
 """The trace of a sampling run says what happened to each position, with and without colour."""
 
 import io
+import json
 import re
 
 import numpy as np
@@ -18,6 +19,7 @@ from xdlm_megatron.evaluation.trace import (
     print_trace,
     render_trace,
 )
+from xdlm_megatron.evaluation.trace_page import write_trace_page
 
 MASK = 9
 WORDS = dict(enumerate(["the ", "cat ", "sat ", "on ", "a ", "mat\n", "漢字", "dog "]))
@@ -124,3 +126,44 @@ def test_heat_map_is_written(tmp_path):
     assert (tmp_path / "trace.svg").read_text().startswith("<?xml")
     with pytest.raises(ValueError, match="two or more"):
         draw_trace(SNAPSHOTS[:1], TIMES[:1], MASK, tmp_path / "trace.png")
+
+
+def read_page(path):
+    """The states that the page's script rebuilds, and its data."""
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', path.read_text())
+    data = json.loads(text)
+    states = [np.array(data["start"])]
+    for changes in data["changes"]:
+        state = states[-1].copy()
+        state[changes[::2]] = changes[1::2]
+        states.append(state)
+    return states, data
+
+
+def test_the_page_holds_every_step_and_needs_nothing_else(tmp_path):
+    page = tmp_path / "folder/trace.html"
+    observed = np.array([True, False, False, False])
+    write_trace_page(SNAPSHOTS, TIMES, strings, MASK, observed, page, "title", "facts")
+    states, data = read_page(page)
+    assert [state.tolist() for state in states] == [ids.tolist() for ids in SNAPSHOTS]
+    assert (data["times"], data["mask"], data["observed"]) == (TIMES, MASK, [0])
+    assert data["strings"] == {
+        "0": "the ",
+        "1": "cat ",
+        "2": "sat ",
+        "5": "mat\n",
+        "7": "dog ",
+        "9": "[MASK]",
+    }
+    assert not re.search(r"https?:|src=|href=", page.read_text())
+
+
+def test_text_of_a_sample_cannot_end_the_script(tmp_path):
+    page = tmp_path / "trace.html"
+    nobody = np.zeros(4, dtype=bool)
+    write_trace_page(SNAPSHOTS, TIMES, lambda ids: ["</script><b>"] * len(ids), MASK, nobody, page, "<i>")
+    _, data = read_page(page)
+    assert data["strings"]["0"] == "</script><b>"
+    assert data["title"] == "<i>"
+    with pytest.raises(ValueError, match="give two or more"):
+        write_trace_page(SNAPSHOTS[:1], TIMES[:1], strings, MASK, nobody, page, "")
