@@ -4,10 +4,7 @@
 #
 #   slurm/run_recipe.sh RECIPE [section.field=value ...]
 #
-# One task is one process (on GPUs: one GPU). Environment, all of it optional:
-#   XDLM_PYTHON        interpreter (default: .venv/bin/python where it exists, else python3)
-#   XDLM_CONTAINER     image: a .sif runs by apptainer, anything else by pyxis (srun --container-image)
-#   XDLM_MOUNTS        what the container sees beside this folder, SOURCE:TARGET[,...]
+# Environment, all of it optional; interpreter and container are chosen in processes.sh:
 #   XDLM_CHECK         1: collectives between all processes first (slurm/nccl_check.sh); default: on several nodes
 #   XDLM_MAX_RESTARTS  requeues of one job before it gives up (default 100)
 #
@@ -22,11 +19,8 @@ fail() { # STATUS MESSAGE...
 
 (($# >= 1)) || fail 2 "no recipe; call it as slurm/run_recipe.sh RECIPE [section.field=value ...]"
 [[ -n ${SLURM_JOB_ID:-} ]] || fail 2 "this is no Slurm job; start it by sbatch, or train by torchrun"
-python=${XDLM_PYTHON:-}
-if [[ -z $python ]]; then
-    python=python3
-    [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python
-fi
+# shellcheck source=slurm/processes.sh
+source "${BASH_SOURCE[0]%/*}/processes.sh"
 restart=${SLURM_RESTART_COUNT:-0}
 
 # The time limit (sbatch --signal=B:USR1@SECONDS) and `scancel --batch --signal=USR1 JOB` reach this shell, which
@@ -39,17 +33,6 @@ ask() {
     [[ -z $training ]] || kill -USR1 "$training" 2>/dev/null || true
 }
 trap ask USR1
-
-in_container=()
-srun=(srun --label --wait=300 --kill-on-bad-exit=0)
-case ${XDLM_CONTAINER:-} in
-    "") ;;
-    *.sif) in_container=(apptainer exec --nv --bind "$PWD${XDLM_MOUNTS:+,$XDLM_MOUNTS}" "$XDLM_CONTAINER") ;;
-    *)
-        srun+=(--container-image="$XDLM_CONTAINER" --container-workdir="$PWD" --no-container-mount-home)
-        srun+=(--container-mounts="$PWD:$PWD${XDLM_MOUNTS:+,$XDLM_MOUNTS}")
-        ;;
-esac
 
 # The recipe first: a mistake in it must not cost the start of a thousand processes. One task of the job reads it,
 # in the container if there is one.
@@ -90,13 +73,6 @@ requeue() { # REASON
     say "$1; requeues"
     exec scontrol requeue "$SLURM_JOB_ID"
 }
-
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + restart) % 10000)) # another one each start: the old may linger
-export MASTER_ADDR MASTER_PORT WORLD_SIZE=$SLURM_NTASKS
-[[ ${SLURM_TASKS_PER_NODE:-,} == *,* ]] || export LOCAL_WORLD_SIZE=${SLURM_TASKS_PER_NODE%%(*} # as 8(x4)
-# shellcheck disable=SC2016  # for the task's shell, which knows its place
-as_rank=(bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID; exec "$@"' rank)
 
 if [[ ${XDLM_CHECK:-$((SLURM_JOB_NUM_NODES > 1))} == 1 ]]; then
     "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" tools/check_collectives.py ||

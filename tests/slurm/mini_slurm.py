@@ -12,6 +12,7 @@ are null devices.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -151,7 +152,7 @@ class MiniSlurm:
                 f"NodeName=node{index} NodeHostname=node{index} NodeAddr=127.0.0.1 Port={port + index} "
                 f"CPUs=256 Gres=gpu:{self.gpus}"
             )
-            hosts += f"127.0.77.{index} node{index}\n"
+            hosts += f"127.{port // 256}.{port % 256}.{index} node{index}\n"  # no other cluster's here
             (self.folder / f"spool/node{index}").mkdir()
         lines.append("PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP")
         (etc / "slurm.conf").write_text("\n".join(lines) + "\n")
@@ -214,8 +215,12 @@ def _lives(pid: int) -> bool:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring free ports."""
-    for first in range(21000, 31000, count + 7):
+    """The first of `count` neighbouring free ports, none that slurm/processes.sh takes; at random, so that two
+    clusters that start at once differ.
+    """
+    firsts = list(range(30000, 32700, count))
+    random.shuffle(firsts)
+    for first in firsts:
         with ExitStack() as stack, suppress(OSError):
             for port in range(first, first + count):
                 stack.enter_context(socket.socket()).bind(("127.0.0.1", port))

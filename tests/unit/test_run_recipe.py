@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "slurm/run_recipe.sh"
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = REPOSITORY / "slurm/run_recipe.sh"
 
 # Notes its arguments; then it is the reading of the recipe, the check of the links or the training.
 SRUN = """#!/bin/bash
@@ -43,8 +44,10 @@ def play(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def start(play: Path, **environment: object) -> subprocess.CompletedProcess[str]:
-    """One start of a job of two nodes."""
+def start(
+    play: Path, *command: object, cwd: Path | None = None, **environment: object
+) -> subprocess.CompletedProcess[str]:
+    """One start of a job of two nodes; by default it trains a recipe."""
     (play / "calls").unlink(missing_ok=True)
     job = {
         "JOB_ID": 7,
@@ -57,9 +60,9 @@ def start(play: Path, **environment: object) -> subprocess.CompletedProcess[str]
     path = f"{play}:{os.environ['PATH']}"
     values = slurm | {"PLAY": play, "PATH": path, "XDLM_PYTHON": sys.executable} | environment
     return subprocess.run(
-        [SCRIPT, "recipe.yaml", "run.name=a"],
+        command or [SCRIPT, "recipe.yaml", "run.name=a"],
         env={name: str(value) for name, value in values.items()},
-        cwd=play,
+        cwd=cwd or play,
         capture_output=True,
         text=True,
         timeout=60,
@@ -155,6 +158,16 @@ def test_containers(play: Path) -> None:
     assert calls(play).count(f"{flags} --container-mounts={play}:{play},/data:/data") == 3
     start(play, **end, XDLM_CONTAINER="xdlm.sif")
     assert calls(play).count(f" apptainer exec --nv --bind {play},/data:/data xdlm.sif ") == 3
+
+
+def test_the_check_alone_is_in_the_container_too(play: Path) -> None:
+    done = start(
+        play, REPOSITORY / "slurm/nccl_check.sh", cwd=REPOSITORY, XDLM_HOME=REPOSITORY, XDLM_CONTAINER="x.sif"
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in calls(play).splitlines() if line.startswith("srun ")]
+    assert f"apptainer exec --nv --bind {REPOSITORY} x.sif bash -c " in line
+    assert line.endswith(f"{sys.executable} tools/check_collectives.py")
 
 
 def test_outside_of_a_job_it_says_what_to_do(play: Path) -> None:
