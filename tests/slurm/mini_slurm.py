@@ -215,8 +215,9 @@ def _lives(pid: int) -> bool:
 
 
 def _free_ports(count: int) -> int:
-    """The first of `count` neighbouring free ports, none that slurm/processes.sh takes; at random, so that two
-    clusters that start at once differ.
+    """The first of `count` neighbouring free ports, none that slurm/processes.sh takes.
+
+    At random, so that two clusters that start at once differ.
     """
     firsts = list(range(30000, 32700, count))
     random.shuffle(firsts)
