@@ -43,9 +43,10 @@ if torch.__version__.split("+")[0] != made[3]:
     sys.exit(f"error: the bundle is for torch {made[3]}, and this is {torch.__version__}; make one with --torch {torch.__version__.split('+')[0]}")
 PY
 
-install=(-m pip --disable-pip-version-check install --quiet --no-index --find-links "$unpacked/wheels" --requirement "$unpacked/requirements.txt")
+install=(-m pip --disable-pip-version-check install --quiet --no-index --find-links "$unpacked/wheels")
+needed=(--requirement "$unpacked/requirements.txt")
 if ((is_target)); then
-  "$python" "${install[@]}" --no-deps --upgrade --target "$where"
+  "$python" "${install[@]}" "${needed[@]}" --no-deps --upgrade --target "$where"
   export PYTHONPATH="$where${PYTHONPATH:+:$PYTHONPATH}"
   run=$python use="export PYTHONPATH=$where"
 else
@@ -55,7 +56,9 @@ else
   "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
     > "$("$run" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_the_node.pth"
   "$run" -m pip --disable-pip-version-check uninstall --quiet --yes setuptools # an old one, in the node's way
-  "$run" "${install[@]}"
+  "$run" "${install[@]}" "${needed[@]}"
+  # Ours in any case: the node may have some state of the same version.
+  "$run" "${install[@]}" --no-deps --force-reinstall "$unpacked"/wheels/xdlm_megatron-*.whl
   # The node's own torchrun starts the node's Python.
   printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$run" > "$where/bin/torchrun"
   chmod +x "$where/bin/torchrun"

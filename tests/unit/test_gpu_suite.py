@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
 
 FOUND = """
 import argparse, sys
@@ -262,6 +263,13 @@ def test_engines_are_compared_with_float32(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.usefixtures("parts_path")
 def test_outcomes_of_pytest_are_counted(tmp_path: Path) -> None:
     parity = importlib.import_module("gpu_parts.parity")
+    marked = [
+        p
+        for p in (ROOT / "tests").rglob("*.py")
+        if "pytest.mark.gpu" in p.read_text() and p != Path(__file__)
+    ]
+    assert marked
+    assert all(p.is_relative_to(ROOT / parity.TESTS) for p in marked)  # the suite runs every one of them
     cases = ['<testcase classname="a"/>'] * 2 + ['<testcase classname="a"><failure/></testcase>']
     cases += ['<testcase classname="b"><skipped/></testcase>', '<testcase classname="b"><error/></testcase>']
     (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
