@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_suite.py                        # one GPU, no network, under 9 minutes
     python benchmarks/gpu_suite.py --resume               # the parts that are not ok yet
+    python benchmarks/gpu_suite.py --only speed losses    # these anew; what the report has of others stays
     python benchmarks/gpu_suite.py --device cpu --tiny    # a rehearsal: the same way on tiny sizes
     python benchmarks/gpu_suite.py --list                 # the parts, with their minutes
 
@@ -77,7 +78,7 @@ def main() -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes for a rehearsal; goes with --device cpu")
     parser.add_argument("--minutes", type=float, help=f"all of it [{MINUTES}]; then it stops")
-    parser.add_argument("--only", nargs="+", choices=[p.name for p in PARTS], help="these parts [all]")
+    parser.add_argument("--only", nargs="+", choices=[p.name for p in PARTS], help="these parts anew [all]")
     parser.add_argument("--resume", action="store_true", help="keep the parts that are ok in the report")
     parser.add_argument("--out", type=Path, help="folder of the report [benchmarks/results/<device>]")
     parser.add_argument("--work", type=Path, help="folder of logs and data [runs/gpu_suite]")
@@ -115,12 +116,12 @@ def run(args: argparse.Namespace) -> int:
     facts = first.records[0].result["facts"]
     head |= {"device": facts["device"], "identity": facts["identity"]}
     out = args.out or (work if rehearsal else HERE / "results" / folder_name(facts["device"]))
-    kept = load_records(out / "report.json", head["identity"]) if args.resume else {}
+    kept = load_records(out / "report.json", head["identity"]) if args.resume or args.only else {}
+    kept = {name: record for name, record in kept.items() if name not in (args.only or ())}
     kept[VERSIONS.name] = first.records[0]
-    chosen = [part for part in PARTS if not args.only or part.name in args.only or part is VERSIONS]
     suite = Suite(head, out.absolute(), work, *common)
-    complete = suite.run(chosen, kept, started)
-    print(f"{sum(r.status == OK for r in suite.records)} of {len(chosen)} parts ok: {out / 'report.md'}")
+    complete = suite.run(PARTS, kept, started, args.only)
+    print(f"{sum(r.status == OK for r in suite.records)} of {len(PARTS)} parts ok: {out / 'report.md'}")
     return 0 if complete else 1
 
 

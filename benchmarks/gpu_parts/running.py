@@ -78,25 +78,34 @@ class Suite:
     say: Callable[[str], None] = print
     records: list[Record] = field(default_factory=list)
 
-    def run(self, parts: Sequence[Part], kept: dict[str, Record], started: float) -> bool:
-        """Runs every part but those in `kept`; returns whether all of them are ok.
+    def run(
+        self,
+        parts: Sequence[Part],
+        kept: dict[str, Record],
+        started: float,
+        only: Sequence[str] | None = None,
+    ) -> bool:
+        """Runs the parts but for those in `kept`; returns whether all that should run or were kept are ok.
 
-        started: the clock's reading from which the budget counts.
+        started: the clock's reading from which the budget counts. only: names of those to run, None for all.
         """
         self.records = [kept.get(part.name) or self._record(part) for part in parts]
         self.write()
         for part, record in zip(parts, self.records, strict=True):
             if part.name in kept:
-                self.say(f"{part.name}: kept")
                 continue
             left = self.budget - (self.clock() - started)
+            if only is not None and part.name not in only:
+                record.reason = "left out by --only"
+                continue
             if left < WORTH_STARTING_SECONDS:
                 record.reason = f"the budget of {self.budget / 60:.3g} minutes was spent; --resume goes on"
             else:
                 self.run_part(part, record, min(record.limit, left))
-            self.write()
             self.say(f"{part.name}: {record.status} after {record.seconds:.0f} s {record.reason}".rstrip())
-        return all(record.status == OK for record in self.records)
+            self.write()
+        self.write()
+        return all(r.status == OK for r in self.records if only is None or r.name in (*only, *kept))
 
     def run_part(self, part: Part, record: Record, limit: float) -> None:
         """Runs one part to its end or the limit, seconds, and takes what it found into its record."""

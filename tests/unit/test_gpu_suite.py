@@ -120,6 +120,8 @@ def test_a_resume_runs_what_is_not_ok(running: ModuleType, tmp_path: Path) -> No
     assert make_suite(running, tmp_path).run(parts, kept, time.monotonic())
     assert (tmp_path / "good.count").read_text() == "x"
     assert "All 2 parts are ok." in (tmp_path / "out/report.md").read_text()
+    assert make_suite(running, tmp_path).run(parts, {}, time.monotonic(), only=["mends"])
+    assert "**1 of 2 parts are ok.** Not ok: good (not started)" in (tmp_path / "out/report.md").read_text()
 
 
 def test_the_budget_ends_a_part_and_leaves_out_the_rest(running: ModuleType, tmp_path: Path) -> None:
