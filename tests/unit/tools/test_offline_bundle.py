@@ -22,13 +22,21 @@ TOOLS = ROOT / "tools"
 TORCH = torch.__version__.split("+")[0]
 
 
+# Brings up the loopback of a new network namespace, then becomes another command.
+WITH_LOOPBACK = """
+import fcntl, os, socket, struct, sys
+SIOCSIFFLAGS, IFF_UP = 0x8914, 1
+fcntl.ioctl(socket.socket(type=socket.SOCK_DGRAM), SIOCSIFFLAGS, struct.pack("16sh", b"lo", IFF_UP))
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 def without_network() -> list[str]:
-    """The beginning of a command that is to have none; empty where this process may not do that."""
-    command = ["unshare", "--net"]
-    is_allowed = (
-        shutil.which("unshare") and not subprocess.run([*command, "true"], capture_output=True).returncode
-    )
-    return command if is_allowed else []
+    """The beginning of a command that is to have loopback alone; empty where this process may not do that."""
+    command = ["unshare", "--net", sys.executable, "-c", WITH_LOOPBACK]
+    if shutil.which("unshare") is None or run(*command, "true").returncode:
+        return []
+    return command
 
 
 def run(*command: str | Path, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
