@@ -20,13 +20,13 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.train.run import train
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(scope="module")
 def source(
     request: pytest.FixtureRequest, tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:
     """The precision and the checkpoints of a run."""
     folder = tmp_path_factory.mktemp("source")
-    precision = {"dtype": request.param}
+    precision = {"dtype": getattr(request, "param", "bfloat16")}
     assert train(config_for(tiny_recipe, folder, train={"num_steps": 3}, precision=precision)) == "finished"
     return precision, folder / "tiny/checkpoints"
 
@@ -46,6 +46,7 @@ def beginning(recipe: dict, folder: Path, source: Any, **sections: dict[str, Any
     )
 
 
+@pytest.mark.parametrize("source", ["float32", "bfloat16"], indirect=True)
 def test_weights_are_taken_and_all_else_starts_afresh(source: Any, tiny_recipe: dict, tmp_path: Path) -> None:
     """The first step of a warm-up has rate 0: what is saved after it is what the run began with."""
     config = beginning(tiny_recipe, tmp_path, source, train={"stop_after_step": 1})
@@ -117,6 +118,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     ):
         train(beginning(tiny_recipe, tmp_path, source, model={"mcore": mcore}))
     assert "model.rotary_base: there 10000, in the recipe 77" in str(error.value)
+    in_fp8 = {"dtype": "bfloat16", "fp8": "hybrid", "fp8_param_gather": True}
+    with pytest.raises(CheckpointError, match=r"would round the master weights .*; begin with false"):
+        train(beginning(tiny_recipe, tmp_path, (in_fp8, source[1])))
     damaged = source[0], tmp_path / "damaged"
     shutil.copytree(source[1], damaged[1])
     torn = next((damaged[1] / "step_00000003").glob("*.distcp"))
