@@ -51,6 +51,8 @@ def _candidates(client: Any, experiment_id: str, name: str) -> list[Any]:
 
 def follow_children(client: Any, experiment_id: str, parent_id: str) -> None:
     """Sets the parent's status: RUNNING while a child is, else FINISHED. For a child that has set its own."""
+    if client.get_run(parent_id).info.lifecycle_stage != "active":
+        return  # somebody has deleted it; the children stay
     query = f"tags.`{PARENT_ID_TAG}` = '{parent_id}' and attributes.status = 'RUNNING'"
     if client.search_runs([experiment_id], filter_string=query, max_results=1):
         client.update_run(parent_id, status="RUNNING")

@@ -108,6 +108,17 @@ def test_a_parent_runs_as_long_as_a_child(tmp_path: Path, store_uri: str) -> Non
     assert status() == "RUNNING"
 
 
+def test_a_child_whose_parent_was_deleted_goes_on(tmp_path: Path, store_uri: str) -> None:
+    tracker = MlflowTracker(tmp_path / "a", store_uri, "deleted", "a", parent_run="ladder")
+    ship(tmp_path / "a")
+    shipped = read_json(tmp_path / "a" / SHIPPED_FILE)
+    client, _ = open_experiment(store_uri, "deleted")
+    client.delete_run(shipped["parent_id"])
+    tracker.close("FINISHED")
+    ship(tmp_path / "a")
+    assert client.get_run(shipped["run_id"]).info.status == "FINISHED"
+
+
 def test_what_is_logged_to_the_parent_can_be_read_there(tmp_path: Path, store_uri: str) -> None:
     (tmp_path / "frontier.svg").write_text("<svg/>")
     ship(make_child(tmp_path / "a", store_uri, "figures"))
