@@ -6,13 +6,16 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart test check test-unit test-gpu test-distributed test-slurm bench bench-gpu gpu-suite ui clean
+.PHONY: help quickstart ladder test check test-unit test-gpu test-distributed test-slurm bench bench-gpu gpu-suite ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 quickstart: $(VENV)/.installed  ## tokenize the bundled plays, train a small XDLM, evaluate, sample, plot
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/quickstart.sh
+
+ladder: $(VENV)/.installed  ## many small runs on the bundled text, their scaling law, report and MLflow page
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/ladder.sh
 
 test: check test-unit test-distributed  ## everything that CI runs
 

@@ -194,6 +194,8 @@ def _sweep(options: argparse.Namespace) -> int:
         return sweep_run.dry_run(plan)
     if options.status:
         return sweep_run.status(plan)
+    if options.table is not None:
+        return sweep_run.write_table(plan, Path(options.table))
     if options.local is not None:
         return sweep_run.run_here(plan, options.local)
     return sweep_run.submit_missing(plan)
@@ -309,6 +311,9 @@ def _parser() -> argparse.ArgumentParser:
     what = sweep.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the runs: tokens, FLOPs, hours, cost")
     what.add_argument("--status", action="store_true", help="print how far each run is")
+    what.add_argument(
+        "--table", metavar="FILE.csv", help="write the finished runs as `fit --points` reads them"
+    )
     what.add_argument("--local", type=_COUNT, metavar="N", help="without Slurm: on this machine, N at a time")
     _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser

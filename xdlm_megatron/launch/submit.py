@@ -1,6 +1,6 @@
 """Runs of a sweep as Slurm array jobs, by submitit. A job's body is slurm/run_recipe.sh, as of any run.
 
-What is submitted is noted before and after, in `FOLDER/sweep/submissions/ID.json`; ID is in the job's name,
+What is submitted is noted before and after, in `FOLDER/sweep/submissions/ID.json`; ID is the job's name,
 so Slurm itself tells which runs are queued or running. A note without a job id means that whoever submitted
 was killed in between: that job is cancelled before its runs are submitted again.
 """
@@ -59,20 +59,16 @@ class Resources:
 
 @dataclass(frozen=True)
 class Submission:
-    """What one note says. job: None until submitit has returned."""
+    """What one note says. id: the job's name; job: its number, None until submitit has returned."""
 
     id: str
     job: str | None
     runs: Sequence[str]
 
-    @property
-    def job_name(self) -> str:
-        return f"xdlm-sweep-{self.id}"
-
 
 def active_runs(folder: SweepFolder) -> dict[str, str]:
     """Runs that Slurm has queued or is running -> its word for that. Raises SubmitError without an answer."""
-    known = {submission.job_name: submission for submission in _submissions(folder)}
+    known = {submission.id: submission for submission in _submissions(folder)}
     if not known:
         return {}
     active = {}
@@ -90,7 +86,7 @@ def submitting(folder: SweepFolder) -> Iterator[None]:
         fcntl.flock(lock, fcntl.LOCK_EX)
         for submission in _submissions(folder):
             if submission.job is None:
-                _slurm("scancel", "--full", "--name", submission.job_name)
+                _slurm("scancel", "--full", "--name", submission.id)
                 _note(folder, submission).unlink()
         yield
 
@@ -103,14 +99,14 @@ def submit(folder: SweepFolder, runs: Sequence[str], resources: Resources, max_j
     jobs = []
     for first in range(0, len(runs), LARGEST_ARRAY):
         part = runs[first : first + LARGEST_ARRAY]
-        submission = Submission(uuid.uuid4().hex[:12], None, part)
+        submission = Submission(f"{folder.folder.name}-{uuid.uuid4().hex[:12]}", None, part)
         _save(folder, submission)
         executor = submitit.SlurmExecutor(
             folder=folder.own / "slurm",
             python=f"exec {shlex.quote(sys.executable)}",  # the signal is for it, not for a shell around it
         )
         executor.update_parameters(
-            **resources.parameters(), job_name=submission.job_name, array_parallelism=max_jobs
+            **resources.parameters(), job_name=submission.id, array_parallelism=max_jobs
         )
         try:
             array = executor.map_array(run_in_job, [str(folder.folder)] * len(part), list(part))
@@ -118,7 +114,7 @@ def submit(folder: SweepFolder, runs: Sequence[str], resources: Resources, max_j
             submitit.core.utils.FailedJobError
         ) as error:  # sbatch refuses: an unknown partition, account, ...
             _note(folder, submission).unlink()
-            raise SubmitError(f"sbatch refuses: {' '.join(str(error).split())[-300:]}") from None
+            raise SubmitError(f"sbatch refuses: {str(error).splitlines()[-1]}") from None
         job = array[0].job_id.split("_")[0]
         _save(folder, Submission(submission.id, job, part))
         jobs.append(job)

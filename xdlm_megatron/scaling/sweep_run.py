@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -14,7 +16,9 @@ from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe
 from xdlm_megatron.launch.attempt import FAILED, SweepFolder
 from xdlm_megatron.launch.gpus import GPUS
 from xdlm_megatron.launch.local import LocalRuns
+from xdlm_megatron.launch.progress import last_records
 from xdlm_megatron.launch.submit import Resources, SubmitError, active_runs, share, submit, submitting
+from xdlm_megatron.scaling.collect import HELD_OUT_LOSS, run_point
 from xdlm_megatron.scaling.sweep import SweepPlan
 from xdlm_megatron.scaling.sweep_state import FINISHED, TO_DO, RunState, read_states
 from xdlm_megatron.scaling.sweep_table import plan_table, status_table, summary
@@ -35,6 +39,42 @@ def status(plan: SweepPlan) -> int:
     except SubmitError as error:
         print(f"without Slurm's queue: {error}", file=sys.stderr)
     print(status_table(plan.name, read_states(folder, plan.points, queue)))
+    return 0
+
+
+def write_table(plan: SweepPlan, path: Path) -> int:
+    """A line for each finished run: what `fit --points` reads, and how it was trained."""
+    folder, rows = SweepFolder(plan.folder), []
+    states = read_states(folder, plan.points, {})
+    for state in states:
+        if state.state == FINISHED:
+            config, figures = state.point.config, state.point.figures
+            records = last_records(folder.run(state.point.name))
+            point = run_point(state.point.name, config, records, "total", HELD_OUT_LOSS)
+            rows.append(
+                {
+                    "run": point.run,
+                    "params": figures.num_parameters,
+                    "non_embedding_params": figures.num_non_embedding_parameters,
+                    "tokens": figures.total_tokens,
+                    "flops": f"{point.flops:.6g}",
+                    "uniform_ratio": point.uniform_ratio,
+                    "loss": f"{point.loss:.6f}",
+                    "standard_error": f"{records[-1]['eval/valid/nelbo_standard_error']:.6f}",
+                    "seed": config.run.seed,
+                    "steps": config.train.num_steps,
+                    "batch": config.train.global_batch_size,
+                    "lr": config.optimizer.lr,
+                    "cpu_seconds": "" if state.cpu_seconds is None else round(state.cpu_seconds, 1),
+                }
+            )
+    if not rows:
+        raise ConfigError(f"{plan.folder} holds no finished run; see --status")
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"{path}: {len(rows)} of {len(states)} runs")
     return 0
 
 
