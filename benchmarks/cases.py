@@ -5,6 +5,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,42 @@ def spawn(script: str, options: dict, case: dict) -> dict:
     command += [f"--{name.replace('_', '-')}={value}" for name, value in (options | case).items()]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return case | json.loads(done.stdout.splitlines()[-1])
+
+
+def run_case(
+    script: str,
+    args: argparse.Namespace,
+    names: Sequence[str],
+    case: dict,
+    measure: Callable[[argparse.Namespace], dict],
+) -> dict:
+    """A result row. On a GPU in this process; on a CPU, where memory is the process's, in one of its own.
+
+    names: the options that such a process gets.
+    """
+    if args.device != "cuda":
+        return spawn(script, {name: getattr(args, name) for name in names}, case)
+    result = measure(argparse.Namespace(**vars(args) | case))
+    torch.cuda.empty_cache()
+    return case | result
+
+
+def split_impls(
+    args: argparse.Namespace, need_gpu: dict[str, str], try_one: Callable[[str], object]
+) -> tuple[list[str], dict[str, str]]:
+    """(those of args.impls that are measured, why the others are not). need_gpu: what they are; try_one
+    raises where one cannot be had.
+    """
+    left_out = {}
+    for impl in args.impls:
+        if impl in need_gpu and args.device != "cuda":
+            left_out[impl] = f"{need_gpu[impl]}, which need a GPU"
+        elif impl in need_gpu:
+            try:
+                try_one(impl)
+            except (ImportError, ValueError) as error:
+                left_out[impl] = str(error)
+    return [impl for impl in args.impls if impl not in left_out], left_out
 
 
 def device_name(args: argparse.Namespace) -> str:

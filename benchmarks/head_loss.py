@@ -1,29 +1,40 @@
 """Time and peak memory of output head, loss and gradients: fused against the paper's loss on whole logits.
 
-`products` is the floor in time: the three matrix products that every form needs, and nothing else.
-`eager` multiplies hidden states and head weight and evaluates the authors' plain loss under autograd
-(loss_reference.py). `logits` multiplies likewise and takes vocab_parallel_nelbo, which writes the gradient
-over the logits: train.fuse_head=never. `fused` is head_nelbo: train.fuse_head=always. `summed` is the same
-with the weight's gradient added to a float32 sum that exists, as under Megatron's data-parallel wrapper,
-which the others would do afterwards. Each form runs in a process of its own; memory is the peak above what
-the process holds once its inputs exist, the gradients of hidden states and weight included. Seconds are CUDA
-events', on a CPU the process's own CPU time (meter.py).
+eager     hidden states times head weight, and the authors' plain loss under autograd (loss_reference.py)
+compiled  torch.compile of it
+liger     Liger's fused linear cross-entropy, the nearest public kernel (a simpler loss), where it is
+logits    the product, and vocab_parallel_nelbo, which writes the gradient over it: train.fuse_head=never
+fused     head_nelbo: train.fuse_head=always
+summed    the same with the weight's gradient added to a float32 sum that exists, as under Megatron's
+          data-parallel wrapper, which the others would do afterwards
+products  the floor: the three matrix products that every form needs, and nothing else
+
+`GB moved` is what a step's operators read and write, as if there were no cache, and the passes of our row
+operations over the logits; what a compiler or Liger makes is not counted. `of copy` is the time that copying
+as many bytes takes in the same process, over the time it took: low where a form computes rather than moves.
+Memory is the peak above what is held once the inputs exist, the gradients of hidden states and weight
+included. Seconds are CUDA events', on a CPU the process's own CPU time (meter.py); there every form runs in a
+process of its own.
 
     python benchmarks/head_loss.py --dtypes float32 bfloat16
 """
 
 import argparse
+import contextlib
+import importlib
 import json
 import platform
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from cases import device_name, spawn, write_results
+from cases import device_name, run_case, split_impls, write_results
 from loss_reference import DTYPES, plain_nelbo
-from meter import baseline_mib, peak_mib, seconds_of
+from meter import CountBytes, baseline_mib, best_seconds, peak_mib, seconds_of
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm import tqdm
 
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
@@ -32,7 +43,11 @@ from xdlm_megatron.diffusion.row_ops import RowOps
 from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 from xdlm_megatron.kernels.dispatch import choose_kernels
 
-IMPLS = ("eager", "logits", "fused", "summed", "products")
+IMPLS = ("eager", "compiled", "liger", "logits", "fused", "summed", "products")
+NEED_GPU = {"liger": "Triton kernels"}
+NO_XDLM_LOSS = ("liger", "products")
+NOT_COUNTED = ("compiled", "liger")
+Loss = Callable[..., Tensor]
 
 
 def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor, Tensor, tuple]:
@@ -50,58 +65,116 @@ def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple[Tensor,
     return hidden, weight, (noise.corrupt(x0, rates[0], (0, 1), counter), x0, *rates, noise)
 
 
-def run_step(
-    impl: str, ops: RowOps, hidden: Tensor, weight: Tensor, rest: tuple, total: Tensor | None
-) -> float:
-    """Loss and gradients once; returns the sum of the loss. total: `summed`'s sum of weight gradients."""
-    if impl == "products":
-        with torch.no_grad():
-            hidden_NH = hidden.view(-1, hidden.shape[-1])
-            logits_NP = hidden_NH @ weight.t()
-            _ = logits_NP @ weight, logits_NP.t() @ hidden_NH
-        return 0.0  # it has no loss
-    if impl == "eager":
-        loss = plain_nelbo(hidden @ weight.t(), *rest).sum()
-    elif impl == "logits":
-        loss = vocab_parallel_nelbo(hidden @ weight.t(), *rest, grad_in_place=True, ops=ops).sum()
-    else:
-        loss = head_nelbo(hidden, weight, *rest, ops=ops, main_grad_PH=total).sum()
+def liger(hidden: Tensor, weight: Tensor, zt: Tensor, x0: Tensor, *rates: object) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden.view(-1, hidden.shape[-1]), weight, x0.view(-1))
+
+
+def eager(hidden: Tensor, weight: Tensor, *rest: object) -> Tensor:
+    return plain_nelbo(hidden @ weight.t(), *rest).sum()
+
+
+def build_loss(impl: str, ops: RowOps, total: Tensor | None) -> Loss:
+    """(hidden states, weight, the loss's other arguments) -> the sum of the loss. total: `summed`'s sum of
+    weight gradients.
+    """
+    if impl in ("eager", "compiled"):
+        return eager if impl == "eager" else torch.compile(eager, dynamic=False)
+    if impl == "liger":
+        return liger
+    if impl == "logits":
+        return lambda hidden, weight, *rest: vocab_parallel_nelbo(
+            hidden @ weight.t(), *rest, grad_in_place=True, ops=ops
+        ).sum()
+    return lambda *inputs: head_nelbo(*inputs, ops=ops, main_grad_PH=total).sum()
+
+
+def run_step(loss_of: Loss, hidden: Tensor, weight: Tensor, rest: tuple) -> float:
+    """Loss and gradients once; returns the sum of the loss."""
+    loss = loss_of(hidden, weight, *rest)
     loss.backward()
     hidden.grad = weight.grad = None
     return loss.item()
 
 
+@torch.no_grad()
+def run_products(hidden: Tensor, weight: Tensor, _: tuple) -> float:
+    """A step of `products`, which has no loss."""
+    hidden_NH = hidden.view(-1, hidden.shape[-1])
+    logits_NP = hidden_NH @ weight.t()
+    _ = logits_NP @ weight, logits_NP.t() @ hidden_NH
+    return 0.0
+
+
+def uncounted(ops: RowOps) -> RowOps:
+    """The same, hidden from CountBytes: the PyTorch ones work in a cache, the CUDA ones are no operators."""
+
+    def hide(function: Callable | None) -> Callable | None:
+        def hidden(*args: object, **kwargs: object) -> object:
+            with _disable_current_modes():
+                return function(*args, **kwargs)
+
+        return function and hidden
+
+    return RowOps(*map(hide, ops))
+
+
+def bytes_of_rows(args: argparse.Namespace, ops: RowOps, zt: Tensor) -> int:
+    """What row operations move: each pass reads, or writes, the logits of the tokens that have a loss."""
+    if args.impl not in ("logits", "fused", "summed"):
+        return 0
+    tokens = args.tokens if args.uniform_ratio > 0 else int((zt == args.vocab - 1).sum())
+    passes = 2 if ops.whole else 4 if args.uniform_ratio > 0 else 3
+    return passes * tokens * args.vocab * DTYPES[args.dtype].itemsize
+
+
 def measure(args: argparse.Namespace) -> dict:
-    """One form, in this process: the first step gives the memory, the best one the time."""
+    """One form: the first step gives memory and bytes, the best one the time."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    ops = choose_kernels("auto", device).row_ops
+    ops = uncounted(choose_kernels("auto", device).row_ops)
 
-    def inputs_of(sizes: argparse.Namespace) -> tuple:
-        hidden, weight, rest = make_inputs(sizes, device)
+    def step_of(hidden: Tensor, weight: Tensor, rest: tuple) -> Callable[[], float]:
         total = torch.zeros(weight.shape, device=device) if args.impl == "summed" else None
-        return args.impl, ops, hidden, weight, rest, total
+        if args.impl == "products":
+            return lambda: run_products(hidden, weight, rest)
+        loss_of = build_loss(args.impl, ops, total)
+        return lambda: run_step(loss_of, hidden, weight, rest)
 
     # A tiny step first, so that lazily loaded libraries do not count as the loss's memory.
-    run_step(*inputs_of(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64})))
-    inputs = inputs_of(args)
-    baseline, seconds, losses, peaks = baseline_mib(device), [], [], []
-    for _ in range(args.repeats):
-        seconds.append(seconds_of(lambda: losses.append(run_step(*inputs)), device))
-        peaks.append(peak_mib(device))
-    return {"seconds": min(seconds), "peak_mib": peaks[0] - baseline, "loss": losses[0]}
+    step_of(*make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64}), device))()
+    hidden, weight, rest = make_inputs(args, device)
+    step = step_of(hidden, weight, rest)
+    counted = args.impl not in NOT_COUNTED
+    if args.impl == "compiled":
+        step()  # compiles for this size
+    baseline, seconds, losses = baseline_mib(device), [], []
+    with CountBytes() if counted else contextlib.nullcontext() as count:
+        seconds.append(seconds_of(lambda: losses.append(step()), device))
+    peak = peak_mib(device)
+    for _ in range(args.repeats - 1):
+        seconds.append(seconds_of(lambda: losses.append(step()), device))
+    result = {"seconds": min(seconds), "peak_mib": peak - baseline, "loss": losses[0]}
+    source = torch.zeros(min(64 << 20, args.tokens * args.vocab), device=device)  # 256 MiB: beyond any cache
+    target = torch.ones_like(source)
+    copy_seconds = best_seconds(lambda: target.copy_(source), 3, device)
+    result["copy_gb_per_second"] = 2 * source.numel() * source.element_size() / copy_seconds / 1e9
+    if counted:
+        result["moved_gb"] = (count.total + bytes_of_rows(args, ops, rest[0])) / 1e9
+        result["share_of_copy"] = result["moved_gb"] / result["copy_gb_per_second"] / min(seconds)
+    return result
 
 
-def run_case(args: argparse.Namespace, case: dict) -> dict:
-    """A result row, from a process of its own."""
+def measure_case(args: argparse.Namespace, case: dict) -> dict:
+    """A result row."""
     names = ("device", "tokens", "batch", "repeats", "threads", "hidden", "vocab", "uniform_ratio")
-    options = {name: getattr(args, name) for name in names}
     if case["impl"] == "eager" and args.device == "cpu":
-        options["repeats"] = 1  # gigabytes and a minute a step
-    return spawn(__file__, options, case)
+        args = argparse.Namespace(**vars(args) | {"repeats": 1})  # gigabytes and a minute a step
+    return run_case(__file__, args, names, case, measure)
 
 
-def report(args: argparse.Namespace, rows: list[dict]) -> str:
+def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> str:
     """The results as Markdown; ratios are to the first form of the same dtype."""
     lines = [
         "# Output head, loss and gradients: fused against the paper's loss on whole logits",
@@ -112,23 +185,24 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         "",
         f"    {args.command}",
         "",
-        "Seconds are CUDA events', on a CPU the process's CPU time; `of products`: the share of the time",
-        "that the three bare matrix products take. Memory is the peak above the inputs (hidden states and",
-        "weight); both gradients count.",
+        "Columns and units as the script explains them; `of products`: the share of the time that the three",
+        "bare matrix products, the floor, take.",
         "",
-        "| dtype | form | seconds | MiB | time ratio | memory ratio | of products |",
-        "|---|---|---|---|---|---|---|",
+        "| dtype | form | seconds | MiB | time ratio | memory ratio | of products | GB moved | of copy |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         same = [r for r in rows if r["dtype"] == row["dtype"]]
         base = same[0]
         floor = next((r["seconds"] for r in same if r["impl"] == "products"), None)
-        share = "" if floor is None else f"{floor / row['seconds']:.0%}"
-        lines.append(
-            f"| {row['dtype']} | {row['impl']} | {row['seconds']:.2f} | {row['peak_mib']:.0f} "
-            f"| {row['seconds'] / base['seconds']:.2f} | {row['peak_mib'] / base['peak_mib']:.3f} | {share} |"
-        )
-    return "\n".join(lines) + "\n"
+        cells = [row["dtype"], row["impl"], f"{row['seconds']:.2f}", f"{row['peak_mib']:.0f}"]
+        cells += [f"{row[name] / base[name]:.3f}" for name in ("seconds", "peak_mib")]
+        cells += ["" if floor is None else f"{floor / row['seconds']:.0%}"]
+        known = "moved_gb" in row
+        cells += [f"{row['moved_gb']:.1f}", f"{row['share_of_copy']:.0%}"] if known else ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *(f"{impl}: not measured, {reason}." for impl, reason in left_out.items())]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def main() -> None:
@@ -164,19 +238,21 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
-    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in args.impls]
+    impls, left_out = split_impls(args, NEED_GPU, lambda _: importlib.import_module("liger_kernel"))
+    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in impls]
     with ThreadPoolExecutor(args.jobs) as pool:
-        measured = pool.map(lambda case: run_case(args, case), cases)
+        measured = pool.map(lambda case: measure_case(args, case), cases)
         rows = list(tqdm(measured, total=len(cases), desc="head and loss", unit="case"))
     for row in rows:
-        if row["impl"] != "products" and abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(rows[0]["loss"]):
+        if row["impl"] not in NO_XDLM_LOSS and abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(
+            rows[0]["loss"]
+        ):
             raise RuntimeError(
                 f"{row} and {rows[0]} disagree on the loss: the timings compare different things"
             )
     machine = {name: getattr(args, name) for name in ("tokens", "hidden", "vocab")}
-    write_results(
-        args, args.name, report(args, rows), machine, {"uniform_ratio": args.uniform_ratio, "rows": rows}
-    )
+    result = {"uniform_ratio": args.uniform_ratio, "left_out": left_out, "rows": rows}
+    write_results(args, args.name, report(args, rows, left_out), machine, result)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,10 @@ split     the same on our kernels, as several ranks use them: each of the passes
 whole     the same on our kernels where one rank has the vocabulary: one read, one write
 
 Every way gets the same logits. `bytes` is what it moves a logit: counted over its operators for eager (what
-they read and write; no cache holds it), known for the kernels; the twin works in a cache. `of copy` is the
-time that copying that many bytes takes on this device, measured in the same run, over the time it took. The
-floor is one read and one write. Memory is the peak above the inputs, the logits among them. Seconds are CUDA
-events', on a CPU the process's own CPU time.
+they read and write; no cache holds it), its passes over the logits for the others (the twin's scratch stays
+in a cache), unknown for what a compiler makes. `of copy` is the time that copying that many bytes takes on
+this device, measured in the same run, over the time it took. The floor is one read and one write. Memory is
+the peak above the inputs, the logits among them. Seconds are CUDA events', on a CPU the process's CPU time.
 
     python benchmarks/kernel_nelbo.py                       # a GPU: all of it, minutes
     python benchmarks/kernel_nelbo.py --vocab 32768 131072  # a CPU: the twin beside eager
@@ -25,12 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from cases import device_name, spawn, write_results
+from cases import device_name, run_case, split_impls, write_results
 from loss_reference import DTYPES, make_inputs, plain_nelbo
-from meter import baseline_mib, peak_mib, seconds_of
+from meter import CountBytes, baseline_mib, peak_mib, seconds_of
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
@@ -38,12 +36,13 @@ from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 from xdlm_megatron.kernels.dispatch import choose_kernels
 
 IMPLS = ("eager", "compiled", "liger", "twin", "split", "whole")
-NOT_ON_CPU = {
-    "compiled": "its compilation would count as its memory",
-    "liger": "it needs a GPU",
-    "split": "it needs a GPU",
-    "whole": "it needs a GPU",
-}
+PASSES = {
+    "liger": 3,
+    "twin": 4,
+    "split": 4,
+    "whole": 2,
+}  # over the logits, the write of the gradient among them
+NEED_GPU = {"liger": "Triton kernels", "split": "CUDA kernels", "whole": "CUDA kernels"}
 Step = Callable[[Tensor, tuple], Tensor]
 
 
@@ -69,26 +68,10 @@ def build_step(impl: str, device: torch.device) -> Step:
     return in_place(kernels if impl == "whole" else kernels._replace(whole=None, rescale=None))
 
 
-class CountBytes(TorchDispatchMode):
-    """Adds up what operators read and write; views cost nothing."""
-
-    total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        if not any(
-            result.alias_info and not result.alias_info.is_write for result in function._schema.returns
-        ):
-            tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
-            self.total += sum(x.numel() * x.element_size() for x in tensors.values())
-        return out
-
-
 def bytes_per_logit(impl: str, step: Step, args: argparse.Namespace, device: torch.device) -> float | None:
-    """Of kernels: their passes, each a read, and one write. Of eager: counted on a few rows."""
-    size = DTYPES[args.dtype].itemsize
-    if impl in ("split", "whole"):
-        return size * (2 if impl == "whole" else 4)
+    """Of passes, or counted on a few rows of eager; None of what is compiled."""
+    if impl in PASSES:
+        return DTYPES[args.dtype].itemsize * PASSES[impl]
     if impl != "eager":
         return None
     few = argparse.Namespace(**vars(args) | {"tokens": 2 * args.batch})
@@ -111,9 +94,12 @@ def measure(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     step = build_step(args.impl, device)
     per_logit = bytes_per_logit(args.impl, step, args, device)
-    # A small step first: what is loaded or compiled at the first use is not the loss's memory.
-    tiny, *tiny_rest = make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch}), device)
-    run_step(step, tiny, tuple(tiny_rest))
+    # A step first: what is loaded or compiled at the first use is not the loss's memory. It is a small one,
+    # but for torch.compile, which compiles for one size.
+    few = {} if args.impl == "compiled" else {"tokens": args.batch}
+    first, *first_rest = make_inputs(argparse.Namespace(**vars(args) | few), device)
+    run_step(step, first, tuple(first_rest))
+    del first
     logits, *rest = make_inputs(args, device)
     kept = logits.clone()
     baseline = baseline_mib(device)
@@ -133,16 +119,6 @@ def measure(args: argparse.Namespace) -> dict:
             "share_of_copy": moved / (2 * size) * min(copies) / min(seconds),
         }
     return result
-
-
-def run_case(args: argparse.Namespace, case: dict) -> dict:
-    """A result row. On a GPU in this process; on a CPU, where memory is the process's, in one of its own."""
-    if args.device == "cuda":
-        result = measure(argparse.Namespace(**vars(args) | case))
-        torch.cuda.empty_cache()
-        return case | result
-    names = ("device", "tokens", "batch", "repeats", "threads")
-    return spawn(__file__, {name: getattr(args, name) for name in names}, case)
 
 
 def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> str:
@@ -181,20 +157,6 @@ def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str])
     return "\n".join(lines).rstrip() + "\n"
 
 
-def choose_impls(args: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """(what is measured, why the others are not)."""
-    left_out = {}
-    for impl in args.impls:
-        if impl in NOT_ON_CPU and args.device != "cuda":
-            left_out[impl] = NOT_ON_CPU[impl]
-        elif impl in NOT_ON_CPU:
-            try:
-                build_step(impl, torch.device(args.device))
-            except (ImportError, ValueError) as error:
-                left_out[impl] = str(error)
-    return [impl for impl in args.impls if impl not in left_out], left_out
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,9 +182,13 @@ def main() -> None:
     args.command = " ".join(["python", "benchmarks/kernel_nelbo.py", *sys.argv[1:]])
     if "eager" not in args.impls:
         parser.error("--impls must have eager among them: the others are compared with it")
-    impls, left_out = choose_impls(args)
+    impls, left_out = split_impls(args, NEED_GPU, lambda impl: build_step(impl, torch.device(args.device)))
     cases = [{"vocab": v, "dtype": d, "impl": i} for v in args.vocab for d in args.dtypes for i in impls]
-    rows = [run_case(args, case) for case in tqdm(cases, desc="loss of logits", unit="case")]
+    names = ("device", "tokens", "batch", "repeats", "threads")
+    rows = [
+        run_case(__file__, args, names, case, measure)
+        for case in tqdm(cases, desc="loss of logits", unit="case")
+    ]
     for row in rows:
         same = next(r for r in rows if (r["vocab"], r["dtype"]) == (row["vocab"], row["dtype"]))
         if row["impl"] != "liger" and abs(row["loss"] - same["loss"]) > 2e-3 * abs(same["loss"]):

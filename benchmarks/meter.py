@@ -1,4 +1,4 @@
-"""What the benchmarks measure with: the seconds and the peak memory of a step on a device."""
+"""What the benchmarks measure with: the seconds, the peak memory and the bytes of a step on a device."""
 
 import ctypes
 import gc
@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MIB = 2**20
 
@@ -50,3 +53,18 @@ def peak_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated() / MIB
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+class CountBytes(TorchDispatchMode):
+    """Adds up what operators read and write; views cost nothing. It sees PyTorch's operators alone."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if not any(
+            result.alias_info and not result.alias_info.is_write for result in function._schema.returns
+        ):
+            tensors = {id(x): x for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)}
+            self.total += sum(x.numel() * x.element_size() for x in tensors.values())
+        return out

@@ -170,13 +170,13 @@ def test_trained_vocabularies_split_among_1_2_and_4_ranks(V, k, ops, library) ->
 
 
 @pytest.mark.parametrize("k", RATIOS)
-def test_the_largest_vocabulary_split_among_1_and_4_ranks(k, ops, library) -> None:
+def test_the_largest_vocabulary_split_among_1_2_and_4_ranks(k, ops, library) -> None:
     """Every kind of token at both ends of the schedule; both dtypes in turn."""
     on = library.device_type
     for dtype, betas in ((torch.float32, [1e-3, 1 - 1e-3]), (torch.bfloat16, [0.5])):
         logits, tokens, noise, upstream = make_case(131072, k, dtype, betas, scale=2.0)
         want = by_brute_force(logits, tokens, noise, upstream)
-        for tp in (1, 4):
+        for tp in (1, 2, 4):
             arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
             got = (x.cpu() for x in by_row_ops(ops, *arguments, tp))
             check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])

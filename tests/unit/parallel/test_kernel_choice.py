@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-
 import pytest
 
+from tests.unit.parallel.two_processes import run_two
 from xdlm_megatron.kernels import dispatch
 from xdlm_megatron.kernels.build import find_cxx
 from xdlm_megatron.kernels.library import load_host
@@ -61,39 +57,12 @@ with open_mesh() as mesh:
 @needs_cxx
 @pytest.mark.distributed
 def test_two_processes_one_without_a_compiler() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
     load_host()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env=shared | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
     kernels, reference = f"CUDA kernels ({load_host().path.name})", "PyTorch (as train.kernels says)"
     want = [kernels, kernels, reference]
     for rank in (1, 0):
         who = f"; process {rank} says so, and all must choose alike"
         refusal = f"train.kernels=cuda cannot be had on cpu: no nvcc; or let train.kernels be auto{who}"
         want += [f"PyTorch (no nvcc){who}", refusal, reference]
-    for out, _ in outputs:
-        assert [line for line in out.splitlines() if line.startswith(("CUDA", "PyT", "train"))] == want
+    for said in run_two(PROGRAM):
+        assert [line for line in said.splitlines() if line.startswith(("CUDA", "PyT", "train"))] == want

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,6 +10,7 @@ import torch.distributed as dist
 
 from tests.unit.launch.ranks import rank_of
 from tests.unit.model.small import small_config
+from tests.unit.parallel.two_processes import run_two
 from xdlm_megatron.parallel.mesh import open_mesh
 
 
@@ -117,33 +114,7 @@ print(json.dumps(seen))
 
 @pytest.mark.distributed
 def test_two_processes() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "ignore",
-    }
-    shared["CUDA_VISIBLE_DEVICES"] = ""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM],
-            env={**os.environ, **shared, "MASTER_PORT": str(port), "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    first, second = (json.loads(out.splitlines()[-1]) for out, _ in outputs)
+    first, second = (json.loads(said.splitlines()[-1]) for said in run_two(PROGRAM))
     yes, no = [True], [False]
     told = [3.0, True, False]
     assert first[0] == [2, 0, 2, True, True, yes, yes, *told]
