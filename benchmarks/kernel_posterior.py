@@ -27,10 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import ReverseStep, draw_shard
+from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW
 from xdlm_megatron.kernels.dispatch import choose_kernels
 
 KEY = (1, 5)
@@ -85,7 +86,7 @@ def measure(args: argparse.Namespace) -> dict:
     """One case, in this process: the first step gives the memory, the others the time."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    draw = choose_kernels("auto", device).draw_shard if args.impl == "ours" else draw_shard
+    draw = choose_kernels("auto", device).draw if args.impl == "ours" else REFERENCE_DRAW
     step = dense_step if args.impl == "dense" else partial(sparse_step, draw=draw)
     # A tiny step first, so that lazily loaded libraries do not count as the step's memory.
     step(*make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64}), device))
@@ -112,7 +113,7 @@ def measure(args: argparse.Namespace) -> dict:
     target = torch.empty_like(rows)
     size = rows.numel() * rows.element_size()
     arguments = (rows, index, zt.flatten(), counters, Shard(noise))
-    draw_seconds = best_seconds(lambda: draw(*arguments), args.repeats, device)
+    draw_seconds = best_seconds(lambda: draw.shard(*arguments), args.repeats, device)
     copy_seconds = best_seconds(lambda: target.copy_(rows), args.repeats, device)
     read, copied = size / draw_seconds, 2 * size / copy_seconds
     return result | {"read_gb_s": read / 1e9, "copy_gb_s": copied / 1e9, "share_of_copy": read / copied}

@@ -86,7 +86,7 @@ def measure(args: argparse.Namespace) -> dict:
         for vocab, S in ((256, 8), (args.vocab, args.tokens // args.batch)):
             chunks = build_model(recipe(args, vocab, S), mesh)
             noise = StationaryNoise(UNIFORM_RATIO, vocab, vocab - 1)
-            draw = choose_kernels("auto", mesh.device).draw_shard
+            draw = choose_kernels("auto", mesh.device).draw
             options, settings = SampleOptions(num_samples=args.batch), AncestralSampler(num_steps=args.steps)
             baseline = baseline_mib(mesh.device)
             if args.impl == "dense":

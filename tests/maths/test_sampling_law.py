@@ -11,10 +11,11 @@ from xdlm_megatron.config.schema import AncestralSampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior import posterior, token_law
-from xdlm_megatron.diffusion.posterior_draw import Counters, ReverseStep, draw_shard
+from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.diffusion.token_race import Counters, draw_shard
 from xdlm_megatron.samplers import sample
 
 ROWS, LENGTH = 200, 250

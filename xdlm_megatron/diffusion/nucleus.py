@@ -34,12 +34,11 @@ class Nucleus:
     def __getitem__(self, rows: slice) -> "Nucleus":
         return Nucleus(self.floor_M[rows], self.last_M[rows])
 
-    def remove_others(self, logits_MP: Tensor, first_id: int) -> None:
-        """-inf outside the nucleus, in place; the first column is first_id's."""
+    def holds(self, logits_MP: Tensor, first_id: int) -> Tensor:
+        """bool [M, P]; the first column is first_id's."""
         id_P = torch.arange(first_id, first_id + logits_MP.shape[1], device=logits_MP.device)
         floor_M1, last_M1 = self.floor_M[:, None], self.last_M[:, None]
-        out_MP = (logits_MP < floor_M1) | ((logits_MP == floor_M1) & (id_P > last_M1))
-        logits_MP.masked_fill_(out_MP, -torch.inf)
+        return (logits_MP > floor_M1) | ((logits_MP == floor_M1) & (id_P <= last_M1))
 
 
 def find_nucleus(

@@ -1,6 +1,6 @@
 """Tokens drawn from p at chosen positions, with their probability: what samplers that go by confidence read.
 
-The token is posterior_draw.py's race, or the likeliest at temperature 0. Confidence is the probability under
+The token is nucleus_draw.py's race, or the likeliest at temperature 0. Confidence is the probability under
 p itself: temperature and top-p reshape what is drawn, not how sure the network is (as LLaDA has it; here the
 mask has probability 0). The normaliser is a sum of integers, 2^-40 of the likeliest token's probability each,
 so that every tensor-parallel size finds the same number, bit for bit, from the same logits.
@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.nucleus import find_nucleus
-from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard, draw_shard
+from xdlm_megatron.diffusion.nucleus_draw import draw_tokens
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import (
     LOG2_E,
@@ -26,6 +25,7 @@ from xdlm_megatron.diffusion.shard_rows import (
     tiled_shard,
     winner_of_ranks,
 )
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Counters, Draw
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 UNIT_BITS = 40  # V 2^40 fits in int64 up to V = 2^23
@@ -45,7 +45,7 @@ class TokenDraw:
         counters: Callable[[Tensor], Counters],
         temperature: float = 1.0,
         top_p: float = 1.0,
-        draw: DrawShard = draw_shard,
+        draw: Draw = REFERENCE_DRAW,
     ) -> None:
         """z_BS: present ids. counters: flat positions -> names of their random numbers. temperature 0 takes
         the likeliest token, the lowest id of equals.
@@ -62,11 +62,8 @@ class TokenDraw:
         z_M = self.z_BS.flatten()[at_M]
         top_M, token_M = winner_of_ranks(gather_ranks(best_shard(*rows, shard), group))
         if self.temperature > 0:
-            nucleus = None
-            if self.top_p < 1:
-                nucleus = find_nucleus(*rows, shard, self.temperature, self.top_p, group)
-            share_3M = self.draw(*rows, z_M, self.counters(at_M), shard, self.temperature, nucleus)
-            token_M = winner_of_ranks(gather_ranks(share_3M, group))[1]
+            names = (z_M, self.counters(at_M), shard)
+            _, token_M, _ = draw_tokens(self.draw, *rows, *names, self.temperature, self.top_p, group)
         own_2M = torch.stack([logits_of(*rows, ids_M, shard) for ids_M in (token_M, z_M)])
         share_2M = _shares(gather_ranks(own_2M, group).amax(0), top_M).double()
         return torch.cat([token_M[None].double(), share_2M / _mass(*rows, top_M, shard, group)])

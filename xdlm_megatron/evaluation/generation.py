@@ -18,9 +18,9 @@ from torch import Tensor
 
 from xdlm_megatron.config.schema import AnySampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
 from xdlm_megatron.diffusion.prediction import Denoise, Pick, Prediction
 from xdlm_megatron.diffusion.schedule import Schedule
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Draw
 from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.parallel.schedule import run_schedule
@@ -82,7 +82,7 @@ def generate(
     schedule: Schedule,
     observed_S: Tensor,
     batch_size: int = 16,
-    draw: DrawShard = draw_shard,
+    draw: Draw = REFERENCE_DRAW,
 ) -> Samples:
     """options.num_samples fillings of observed_S (int64 ids, -1 where unknown) by the sampler of `settings`.
 

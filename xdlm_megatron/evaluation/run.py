@@ -48,7 +48,7 @@ def sample(
             schedule,
             observed_S,
             config.train.micro_batch_size,
-            kernels.draw_shard,
+            kernels.draw,
         )
         if mesh.is_main:
             print(f"tokens drawn by {kernels.reason}")

@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
 from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Draw
 from xdlm_megatron.kernels.build import BuildError
 from xdlm_megatron.kernels.library import KernelError, Library, load_cuda
 from xdlm_megatron.kernels.nelbo import nelbo_row_ops
@@ -31,9 +31,9 @@ class Kernels(NamedTuple):
         return REFERENCE if self.library is None else nelbo_row_ops(self.library)
 
     @property
-    def draw_shard(self) -> DrawShard:
+    def draw(self) -> Draw:
         """For the sampler of diffusion/."""
-        return draw_shard if self.library is None else posterior_draw(self.library)
+        return REFERENCE_DRAW if self.library is None else posterior_draw(self.library)
 
 
 def choose_kernels(impl: Impl, device: torch.device) -> Kernels:

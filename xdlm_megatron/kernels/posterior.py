@@ -1,4 +1,4 @@
-"""The draw of diffusion/posterior_draw.py by the kernel of csrc/posterior.cu."""
+"""The draw of diffusion/token_race.py and the survey of diffusion/survey.py by csrc/posterior*.cu."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import ctypes
 import torch
 from torch import Tensor
 
-from xdlm_megatron.diffusion.nucleus import Nucleus
-from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE
+from xdlm_megatron.diffusion.survey import SLOTS, Survey
+from xdlm_megatron.diffusion.token_race import Counters, Draw
 from xdlm_megatron.kernels.library import DTYPES, Library, check_logits
 
 
-class Draw(ctypes.Structure):
+class DrawRows(ctypes.Structure):
     """XdlmDraw of csrc/api.h."""
 
     _fields_ = (
         ("bytes", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("logits", "index", "zt", "position", "row_id")),
-        *((name, ctypes.c_void_p) for name in ("floor", "last")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "row_stride", "dtype")),
         *((name, ctypes.c_int64) for name in ("first_id", "vocab_size", "mask_id")),
         *((name, ctypes.c_int64) for name in ("seed", "stream_word", "step")),
@@ -28,50 +27,76 @@ class Draw(ctypes.Structure):
     )
 
 
-def posterior_draw(library: Library) -> DrawShard:
-    """draw_shard for tensors on the library's device. Logits: float32 or bfloat16, of any alignment.
+def posterior_draw(library: Library) -> Draw:
+    """For tensors on the library's device. Logits: float32 or bfloat16, of any alignment.
 
     The keys differ from the twin's by the rounding of float32 logarithms, about 1e-6, and so does one id in
-    about as many draws.
+    about as many draws; so does the end of a nucleus that a survey finds.
     """
+    kernels = PosteriorKernels(library)
+    return Draw(kernels.shard, kernels.survey)
 
-    def draw_shard(
+
+class PosteriorKernels:
+    """Raises ValueError on tensors that the kernels cannot take."""
+
+    def __init__(self, library: Library) -> None:
+        self._library = library
+
+    def shard(
+        self,
         logits_NP: Tensor,
         index_M: Tensor,
         zt_M: Tensor,
         counters: Counters,
         shard: Shard,
         temperature: float = 1.0,
-        nucleus: Nucleus | None = None,
     ) -> Tensor:
-        """As diffusion's. Raises ValueError on tensors that the kernel cannot take."""
-        noise, first_id = shard
         ids_4M = torch.stack([index_M, zt_M, counters.position_M, counters.row_M])
-        kept = None if nucleus is None else (nucleus.floor_M.contiguous(), nucleus.last_M.contiguous())
-        _check(library, logits_NP, ids_4M, first_id)
-        draw_3M = torch.empty(3, len(index_M), dtype=torch.float64, device=logits_NP.device)
-        arguments = Draw(
-            ctypes.sizeof(Draw),
+        rows = self._rows(logits_NP, ids_4M, counters, shard, temperature)
+        draw_3M = logits_NP.new_empty(3, len(index_M), dtype=torch.float64)
+        self._library.call("xdlm_posterior_draw", logits_NP.device, rows, draw_3M)
+        return draw_3M
+
+    def survey(
+        self,
+        logits_NP: Tensor,
+        index_M: Tensor,
+        zt_M: Tensor,
+        counters: Counters,
+        shard: Shard,
+        temperature: float,
+    ) -> Survey | None:
+        ids_4M = torch.stack([index_M, zt_M, counters.position_M, counters.row_M])
+        rows = self._rows(logits_NP, ids_4M, counters, shard, temperature)
+        if not self._library.ask("xdlm_survey_fits", logits_NP.device, rows):
+            return None
+        logits_2M = logits_NP.new_empty(2, len(index_M), dtype=torch.float32)
+        mass_MS, best_MS = (index_M.new_empty(len(index_M), SLOTS) for _ in range(2))
+        self._library.call("xdlm_posterior_survey", logits_NP.device, rows, logits_2M, mass_MS, best_MS)
+        return Survey(*logits_2M, mass_MS, best_MS)
+
+    def _rows(
+        self, logits_NP: Tensor, ids_4M: Tensor, counters: Counters, shard: Shard, temperature: float
+    ) -> DrawRows:
+        """Of tensors that must outlive the call."""
+        library, (noise, first_id) = self._library, shard
+        check_logits(logits_NP)
+        if logits_NP.device.type != library.device_type or ids_4M.device != logits_NP.device:
+            raise ValueError(
+                f"logits on {logits_NP.device}, rows on {ids_4M.device}: "
+                f"{library.path.name} takes {library.device_type}"
+            )
+        if first_id % TILE:
+            raise ValueError(
+                f"a shard that begins at id {first_id} cuts a tile; pad it to a multiple of {TILE}"
+            )
+        return DrawRows(
+            ctypes.sizeof(DrawRows),
             logits_NP.data_ptr(),
             *(ids_M.data_ptr() for ids_M in ids_4M),
-            *((None, None) if kept is None else (x.data_ptr() for x in kept)),
-            *(len(index_M), logits_NP.shape[1], logits_NP.stride(0), DTYPES[logits_NP.dtype]),
+            *(ids_4M.shape[1], logits_NP.shape[1], logits_NP.stride(0), DTYPES[logits_NP.dtype]),
             *(first_id, noise.vocab_size, -1 if noise.mask_id is None else noise.mask_id),
             *(*counters.key, counters.step),
             LOG2_E / temperature,
         )
-        library.call("xdlm_posterior_draw", logits_NP.device, arguments, draw_3M)
-        return draw_3M
-
-    return draw_shard
-
-
-def _check(library: Library, logits_NP: Tensor, ids_4M: Tensor, first_id: int) -> None:
-    check_logits(logits_NP)
-    if logits_NP.device.type != library.device_type or ids_4M.device != logits_NP.device:
-        raise ValueError(
-            f"logits on {logits_NP.device}, rows on {ids_4M.device}: "
-            f"{library.path.name} takes {library.device_type}"
-        )
-    if first_id % TILE:
-        raise ValueError(f"a shard that begins at id {first_id} cuts a tile; pad it to a multiple of {TILE}")

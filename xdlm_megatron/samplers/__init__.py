@@ -14,9 +14,9 @@ from torch import Tensor
 from xdlm_megatron.config.schema import AnySampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import DrawShard, draw_shard
 from xdlm_megatron.diffusion.prediction import Denoise
 from xdlm_megatron.diffusion.schedule import Schedule
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Draw
 from xdlm_megatron.samplers.ancestral import ancestral
 from xdlm_megatron.samplers.blocks import block_by_block
 from xdlm_megatron.samplers.chain import Chain, Counted, OnStep
@@ -60,7 +60,7 @@ def sample(
     observed_BS: Tensor,
     row_B: Tensor | None = None,
     *,
-    draw: DrawShard = draw_shard,
+    draw: Draw = REFERENCE_DRAW,
     on_step: OnStep | None = None,
 ) -> Sampled:
     """Fills the unknown positions of observed_BS by the sampler that `settings`, a recipe's section, names.

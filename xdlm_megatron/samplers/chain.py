@@ -15,10 +15,10 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.counter_rng import Stream, unit_interval
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import JUMP_DRAW, Counters, DrawShard
 from xdlm_megatron.diffusion.prediction import Denoise, Pick, as_prediction
 from xdlm_megatron.diffusion.schedule import Schedule
 from xdlm_megatron.diffusion.token_draw import TokenDraw
+from xdlm_megatron.diffusion.token_race import JUMP_DRAW, Counters, Draw
 
 OnStep = Callable[[float, Tensor], None]
 STEPS_OF_A_BLOCK = 1 << 20  # names of random numbers: a row's do not depend on how long others took
@@ -53,7 +53,7 @@ class Chain:
         prior_BS: Tensor,
         observed_BS: Tensor,
         row_B: Tensor,
-        draw: DrawShard,
+        draw: Draw,
         on_step: OnStep | None = None,
     ) -> None:
         """denoise: what is asked; it calls `network`, which counts. prior_BS: a draw from the stationary law.

@@ -5,19 +5,14 @@ from functools import partial
 import pytest
 import torch
 
-from xdlm_megatron.diffusion import posterior_draw, shard_rows
+from xdlm_megatron.diffusion import shard_rows, token_race
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior import jump_bound
-from xdlm_megatron.diffusion.posterior_draw import (
-    Counters,
-    ReverseStep,
-    draw_shard,
-    exponential,
-    tile_exponentials,
-)
+from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits, most_probable
 from xdlm_megatron.diffusion.row_ops import Shard
+from xdlm_megatron.diffusion.token_race import Counters, draw_shard, exponential, tile_exponentials
 
 KEY = (3, Stream.SAMPLE_STEP)
 V, MASK = 45, 44
@@ -47,7 +42,7 @@ def test_tiles_get_their_numbers_by_their_place_and_rare_ones_get_more_bits(monk
     for first, tiles in ((0, 7), (5, 3), (100, 300), (399, 1)):
         assert torch.equal(tile_exponentials(counters(50), first, tiles), whole[:, first : first + tiles])
     assert len(whole.unique()) == whole.numel()
-    monkeypatch.setattr(posterior_draw, "REFINE_BELOW", 1 << 29)
+    monkeypatch.setattr(token_race, "REFINE_BELOW", 1 << 29)
     finer = tile_exponentials(counters(50), 0, 400)
     changed = finer != whole
     assert torch.equal(changed, whole < -torch.log1p(f64(-0.125)))

@@ -39,33 +39,48 @@ std::unique_ptr<unsigned char[]> logits(int64_t first, int64_t columns, int64_t 
   return block;
 }
 
-std::vector<double> draw(int64_t first, int64_t columns, int64_t vocab, int64_t dtype, bool nucleus) {
+struct Drawn {
+  std::vector<double> token;
+  std::vector<float> logits;
+  std::vector<int64_t> mass, best;
+};
+
+Drawn draw(int64_t first, int64_t columns, int64_t vocab, int64_t dtype) {
   const std::vector<int64_t> index{3, 1, 2, 2}, zt{vocab - 1, 3, 0, vocab - 2}, position{0, 5, 6, 7}, row_id{9, 9, 4, 4};
-  const std::vector<float> floor(4, 1.f);
-  const std::vector<int64_t> last{-1, 3, vocab / 2 + 3, vocab + 9};  // before, within and beyond a shard
   const int64_t M = int64_t(index.size());
   const auto block = logits(first, columns, dtype);
   const unsigned char* before = block.get() - columns * (dtype == kFloat32 ? 4 : 2);
-  const XdlmDraw what{sizeof(XdlmDraw), before, index.data(), zt.data(), position.data(), row_id.data(),
-                      nucleus ? floor.data() : nullptr, nucleus ? last.data() : nullptr, M, columns, columns, dtype,
-                      first, vocab, vocab - 1, 11, 5, 2, 1.4426950408889634};
-  std::vector<double> out(size_t(3 * M));
-  expect(xdlm_posterior_draw(&what, out.data(), nullptr) == 0, "draw", columns, dtype);
+  const XdlmDraw what{sizeof(XdlmDraw), before, index.data(), zt.data(), position.data(), row_id.data(), M, columns,
+                      columns, dtype, first, vocab, vocab - 1, 11, 5, 2, 1.4426950408889634};
+  Drawn out{std::vector<double>(size_t(3 * M)), std::vector<float>(size_t(2 * M)), std::vector<int64_t>(size_t(512 * M)),
+            std::vector<int64_t>(size_t(512 * M))};
+  expect(xdlm_posterior_draw(&what, out.token.data(), nullptr) == 0, "draw", columns, dtype);
+  expect(xdlm_posterior_survey(&what, out.logits.data(), out.mass.data(), out.best.data(), nullptr) == 0, "survey",
+         columns, dtype);
   return out;
 }
 
-void check(int64_t columns, int64_t dtype, bool nucleus) {
+void check(int64_t columns, int64_t dtype) {
   const int64_t vocab = columns - 2;  // the mask is the last id; two columns of padding
-  const auto whole = draw(0, columns, vocab, dtype, nucleus);
-  for (int i = 0; i < 4; ++i)
-    expect(isfinite(whole[i]) && whole[4 + i] >= 0 && whole[4 + i] < double(vocab - 1), "a token", columns, dtype);
-  expect(whole[8] == -INFINITY, "the mask has no logit", columns, dtype);
-  if (columns % 16) return;
-  const auto left = draw(0, columns / 2, vocab, dtype, nucleus), right = draw(columns / 2, columns / 2, vocab, dtype, nucleus);
+  const auto both = draw(0, columns, vocab, dtype);
+  const auto& whole = both.token;
   for (int i = 0; i < 4; ++i) {
-    const auto& best = left[i] >= right[i] ? left : right;
+    expect(isfinite(whole[i]) && whole[4 + i] >= 0 && whole[4 + i] < double(vocab - 1), "a token", columns, dtype);
+    int64_t best = INT64_MIN, mass = 0;  // the draw is the best of all bins
+    for (int slot = 0; slot < 512; ++slot) {
+      mass += both.mass[i * 512 + slot];
+      if (both.best[i * 512 + slot] > best) best = both.best[i * 512 + slot];
+    }
+    expect(double((1 << 20) - 1 - (best & ((1 << 20) - 1))) == whole[4 + i], "the survey's best", columns, dtype);
+    expect(mass >= (vocab - 1) * 32768, "masses", columns, dtype);
+  }
+  expect(whole[8] == -INFINITY && both.logits[4] == -INFINITY, "the mask has no logit", columns, dtype);
+  if (columns % 16) return;
+  const auto left = draw(0, columns / 2, vocab, dtype), right = draw(columns / 2, columns / 2, vocab, dtype);
+  for (int i = 0; i < 4; ++i) {
+    const auto& best = left.token[i] >= right.token[i] ? left.token : right.token;
     expect(best[i] == whole[i] && best[4 + i] == whole[4 + i], "slices", columns, dtype);
-    expect(fmax(left[8 + i], right[8 + i]) == whole[8 + i], "the logit of z", columns, dtype);
+    expect(fmax(left.token[8 + i], right.token[8 + i]) == whole[8 + i], "the logit of z", columns, dtype);
   }
 }
 
@@ -73,8 +88,7 @@ void check(int64_t columns, int64_t dtype, bool nucleus) {
 
 int main() {
   for (int64_t columns : {5, 45, 64, 1031, 2064})
-    for (int64_t dtype : {kFloat32, kBfloat16})
-      for (bool nucleus : {false, true}) check(columns, dtype, nucleus);
+    for (int64_t dtype : {kFloat32, kBfloat16}) check(columns, dtype);
   XdlmDraw bad{};
   expect(xdlm_posterior_draw(&bad, nullptr, nullptr) == kBadBinding, "another binding", 0, 0);
   bad.bytes = sizeof bad;

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import draw_shard
 from xdlm_megatron.diffusion.row_ops import REFERENCE, Shard, Tokens
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW
 from xdlm_megatron.kernels import dispatch
 from xdlm_megatron.kernels.build import BuildError
 from xdlm_megatron.kernels.dispatch import choose_kernels
@@ -21,7 +21,7 @@ def test_without_a_gpu_auto_is_the_reference_and_says_why() -> None:
     for impl, reason in (("auto", "PyTorch (no GPU here)"), ("reference", "PyTorch (as train.kernels says)")):
         kernels = choose_kernels(impl, CPU)
         assert kernels.row_ops is REFERENCE
-        assert kernels.draw_shard is draw_shard
+        assert kernels.draw is REFERENCE_DRAW
         assert kernels.reason == reason
 
 
@@ -50,7 +50,7 @@ def test_a_library_that_can_be_had_serves(library: Library, monkeypatch: pytest.
     for impl in ("auto", "cuda"):
         kernels = choose_kernels(impl, device)
         assert kernels.row_ops is not REFERENCE
-        assert kernels.draw_shard is not draw_shard
+        assert kernels.draw is not REFERENCE_DRAW
         assert kernels.reason == f"CUDA kernels ({library.path.name})"
     assert choose_kernels("reference", device).row_ops is REFERENCE
 

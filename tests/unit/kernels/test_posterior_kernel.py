@@ -9,14 +9,17 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from xdlm_megatron.diffusion import posterior_draw as twin
+from xdlm_megatron.diffusion import token_race
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.nucleus import find_nucleus
+from xdlm_megatron.diffusion.nucleus_draw import draw_tokens
 from xdlm_megatron.diffusion.posterior import posterior, token_law
-from xdlm_megatron.diffusion.posterior_draw import Counters, DrawShard, ReverseStep, draw_shard
+from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
+from xdlm_megatron.diffusion.shard_rows import LOG2_E
+from xdlm_megatron.diffusion.survey import bins_of
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Counters, Draw, draw_shard
 from xdlm_megatron.kernels.library import Library
 from xdlm_megatron.kernels.posterior import posterior_draw
 
@@ -26,7 +29,7 @@ PADDED = {250: 256, 1003: 1024, 32003: 32128, 50304: 50304, 131072: 131072}
 
 
 @pytest.fixture(scope="module")
-def draw(library: Library) -> DrawShard:
+def draw(library: Library) -> Draw:
     return posterior_draw(library)
 
 
@@ -53,51 +56,66 @@ def assert_same_draw(got: Tensor, want: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("V", "rows", "M"), [(250, 40, 400), (1003, 20, 200), (32003, 6, 6), (131072, 2, 2)])
 def test_it_draws_the_twin_s_ids(
-    draw: DrawShard, library: Library, V: int, rows: int, M: int, dtype: torch.dtype
+    draw: Draw, library: Library, V: int, rows: int, M: int, dtype: torch.dtype
 ) -> None:
     logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type, M)
     for temperature in (1.0, 0.4):
         arguments = (logits, index, z, counters, Shard(noise), temperature)
-        assert_same_draw(draw(*arguments), draw_shard(*arguments))
+        assert_same_draw(draw.shard(*arguments), draw_shard(*arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_nucleus_and_its_equals(draw: DrawShard, library: Library, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("V", "rows", "M"), [(250, 40, 80), (1003, 20, 40), (32003, 4, 6), (131072, 1, 1)])
+def test_one_read_draws_from_the_nucleus(
+    draw: Draw, library: Library, V: int, rows: int, M: int, dtype: torch.dtype
+) -> None:
     """bfloat16 logits have many equals, of which the nucleus has those of the lowest ids."""
-    for V, rows in ((250, 300), (1003, 60)):
-        logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type)
-        for temperature, top_p in ((1.0, 0.9), (2.0, 0.3), (1.0, 1e-6)):
-            nucleus = find_nucleus(logits, index, Shard(noise), temperature, top_p, None)
-            arguments = (logits, index, z, counters, Shard(noise), temperature, nucleus)
-            got = draw(*arguments)
-            assert_same_draw(got, draw_shard(*arguments))
-            law = token_law(logits, noise, temperature, top_p)
-            assert (law.gather(1, got[1].long()[:, None]) > 0).all()
+    logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type, M)
+    for temperature, top_p in ((1.0, 0.9), (2.0, 0.3), (0.3, 0.6), (1.0, 1e-6)):
+        arguments = (logits, index, z, counters, Shard(noise), temperature, top_p, None)
+        got, want = draw_tokens(draw, *arguments), draw_tokens(REFERENCE_DRAW, *arguments)
+        assert_same_draw(
+            torch.stack([got[0], got[1].double(), got[2]]), torch.stack([want[0], want[1].double(), want[2]])
+        )
+        law = token_law(logits, noise, temperature, top_p)[index]
+        assert (law.gather(1, got[1][:, None]) > 0).all()
+        assert torch.equal(got[2] > -torch.inf, law.gather(1, z[:, None])[:, 0] > 0)
 
 
-@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.7, 0.7)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("tp", [2, 4])
 def test_slices_of_the_vocabulary_are_the_whole(
-    draw: DrawShard, library: Library, tp: int, temperature: float, top_p: float
+    draw: Draw, library: Library, tp: int, temperature: float
 ) -> None:
-    """The best of the slices is the whole's, key and all: a tile's number is its place in the vocabulary."""
-    for V, rows in ((250, 40), (1003, 40), (32003, 4)):
+    """The best of the slices is the whole's, key and all: a tile's number is its place in the vocabulary.
+
+    Of the surveys, so are the masses' sums and the best of all bins above a bin.
+    """
+    for V, rows in ((250, 20), (1003, 20), (32003, 4)):
         logits, index, z, counters, noise = make_case(V, rows, torch.bfloat16, library.device_type, 2 * rows)
-        nucleus = None
-        if top_p < 1:
-            nucleus = find_nucleus(logits, index, Shard(noise), temperature, top_p, None)
-        arguments = (index, z, counters)
-        whole = draw(logits, *arguments, Shard(noise), temperature, nucleus)
         P = logits.shape[1] // tp
         slices = [(logits[:, r * P : (r + 1) * P], Shard(noise, r * P)) for r in range(tp)]
-        shares = torch.stack([draw(x, *arguments, shard, temperature, nucleus) for x, shard in slices])
+        rest = (index, z, counters)
+        whole = draw.shard(logits, *rest, Shard(noise), temperature)
+        shares = torch.stack([draw.shard(x, *rest, shard, temperature) for x, shard in slices])
         key, rank = shares[:, 0].max(0)
         assert torch.equal(key, whole[0])
         assert torch.equal(shares[:, 1].gather(0, rank[None])[0], whole[1])
         assert torch.equal(shares[:, 2].amax(0), whole[2])
+        whole = draw.survey(logits, *rest, Shard(noise), temperature)
+        parts = [draw.survey(x, *rest, shard, temperature) for x, shard in slices]
+        assert torch.equal(torch.stack([part.top_M for part in parts]).amax(0), whole.top_M)
+        assert torch.equal(torch.stack([part.zt_M for part in parts]).amax(0), whole.zt_M)
+        top, scale = bins_of(whole.top_M, LOG2_E / temperature), LOG2_E / temperature
+        downwards = [part.downwards(top, bins_of(part.top_M, scale)) for part in (whole, *parts)]
+        masses, bests = (torch.stack(x) for x in zip(*downwards, strict=True))
+        bests = bests.cummax(2).values
+        known = masses[0] > 0  # a level below the whole's last, a slice may know more
+        assert torch.equal(masses[1:].sum(0)[known], masses[0][known])
+        assert torch.equal(bests[1:].amax(0)[known], bests[0][known])
 
 
-def test_any_alignment_and_ragged_rows(draw: DrawShard, library: Library) -> None:
+def test_any_alignment_and_ragged_rows(draw: Draw, library: Library) -> None:
     """Columns that are no multiple of 8, rows that begin anywhere, rows apart."""
     device = library.device_type
     noise, index = StationaryNoise(0.3, 45, 44), torch.arange(200, device=device)
@@ -106,42 +124,49 @@ def test_any_alignment_and_ragged_rows(draw: DrawShard, library: Library) -> Non
     for dtype in (torch.float32, torch.bfloat16):
         for logits in (table[:, :45], table[:, 3:50], table[:, 1:].contiguous()[:, :46]):
             arguments = (logits.to(dtype), index, index % 45, counters, Shard(noise))
-            assert_same_draw(draw(*arguments), draw_shard(*arguments))
+            assert_same_draw(draw.shard(*arguments), draw_shard(*arguments))
 
 
 def test_more_bits_where_the_race_is_won(
-    draw: DrawShard, library: Library, monkeypatch: pytest.MonkeyPatch
+    draw: Draw, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that are found to have a word below the bound, where 32 bits more decide."""
     V, device = 1003, library.device_type
     rows = torch.arange(60_000, device=device)
     counters = Counters(KEY, 1, rows, rows * 0)
-    monkeypatch.setattr(twin, "REFINE_BELOW", 0)
-    coarse = twin.tile_exponentials(counters, 0, PADDED[V] // 8)
+    monkeypatch.setattr(token_race, "REFINE_BELOW", 0)
+    coarse = token_race.tile_exponentials(counters, 0, PADDED[V] // 8)
     monkeypatch.undo()
-    fine = twin.tile_exponentials(counters, 0, PADDED[V] // 8)
+    fine = token_race.tile_exponentials(counters, 0, PADDED[V] // 8)
     row, tile = (coarse != fine).nonzero()[:20].unbind(1)
     assert len(row) >= 3
     # all the weight on that tile: its key is -log2 of its exponential
     logits = torch.full((len(row), PADDED[V]), -1e4, device=device)
     logits[torch.arange(len(row)), 8 * tile] = 0.0
     noise, index = StationaryNoise(0.3, V, V - 1), torch.arange(len(row), device=device)
-    got = draw(logits, index, index, counters[row], Shard(noise))
+    got = draw.shard(logits, index, index, counters[row], Shard(noise))
     # lg2.approx errs by as much on a device; the bits that are tested move keys by far more
     tolerance = 3e-6 if device == "cpu" else 1e-5
     torch.testing.assert_close(got[0], -fine[row, tile].log2(), rtol=0, atol=tolerance)
     assert ((got[0] + coarse[row, tile].log2()).abs() > 5e-5).any()
 
 
-def test_nan_and_nothing(draw: DrawShard, library: Library) -> None:
+def test_nan_and_nothing(draw: Draw, library: Library) -> None:
     logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
     logits[1, 77] = torch.nan
-    got = draw(logits, index, z, counters, Shard(noise))
+    got = draw.shard(logits, index, z, counters, Shard(noise))
     assert got[0].isnan().tolist() == [False, True, False, False]
     assert ((got[1] >= 0) & (got[1] < 250)).all()
-    padding = draw(logits, index, z, counters, Shard(noise, 256))
+    assert (
+        draw.survey(logits, index, z, counters, Shard(noise), 1.0).top_M.isnan().tolist()
+        == got[0].isnan().tolist()
+    )
+    padding = draw.shard(logits, index, z, counters, Shard(noise, 256))
     assert padding[0].tolist() == padding[2].tolist() == [-torch.inf] * 4
-    assert draw(logits, index[:0], z[:0], counters[:0], Shard(noise)).shape == (3, 0)
+    survey = draw.survey(logits, index, z, counters, Shard(noise, 256), 1.0)
+    assert survey.top_M.tolist() == survey.zt_M.tolist() == [-torch.inf] * 4
+    assert not survey.mass_MS.any()
+    assert draw.shard(logits, index[:0], z[:0], counters[:0], Shard(noise)).shape == (3, 0)
 
 
 NARROW = {"top_p": 0.8, "temperature": 1.5}
@@ -152,7 +177,7 @@ NARROW = {"top_p": 0.8, "temperature": 1.5}
     [(0.3, 0.8, {}), (0.3, 0.8, NARROW), (0.3, 1.0, NARROW), (0.0, 0.8, {}), (0.0, 1.0, {}), (1.0, 0.8, {})],
 )
 def test_steps_draw_from_the_dense_posterior(
-    draw: DrawShard, library: Library, k: float, alpha_s: float, options: dict
+    draw: Draw, library: Library, k: float, alpha_s: float, options: dict
 ) -> None:
     """For z the mask (where there is such noise), a likely and an unlikely token; the last step too."""
     V, mask, device = 20, 3, library.device_type
@@ -181,11 +206,11 @@ def test_steps_draw_from_the_dense_posterior(
             assert chisquare(observed, expected).pvalue > 1e-4
 
 
-def test_tensors_that_it_cannot_take_are_refused(draw: DrawShard, library: Library) -> None:
+def test_tensors_that_it_cannot_take_are_refused(draw: Draw, library: Library) -> None:
     logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
     with pytest.raises(ValueError, match=r"logits of dtype torch.float16: the kernels take float32 and b"):
-        draw(logits.half(), index, z, counters, Shard(noise))
+        draw.shard(logits.half(), index, z, counters, Shard(noise))
     with pytest.raises(ValueError, match="columns must be contiguous"):
-        draw(logits[:, ::2], index, z, counters, Shard(noise))
+        draw.shard(logits[:, ::2], index, z, counters, Shard(noise))
     with pytest.raises(ValueError, match="begins at id 100 cuts a tile; pad it to a multiple of 8"):
-        draw(logits, index, z, counters, Shard(noise, 100))
+        draw.shard(logits, index, z, counters, Shard(noise, 100))

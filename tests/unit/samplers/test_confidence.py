@@ -8,10 +8,10 @@ import torch
 from xdlm_megatron.config.schema import ConfidenceSampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.posterior_draw import Counters
 from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.diffusion.token_draw import TokenDraw
+from xdlm_megatron.diffusion.token_race import Counters
 from xdlm_megatron.samplers import sample
 from xdlm_megatron.samplers.confidence import even_split, highest
 

@@ -55,8 +55,7 @@ XDLM_API int64_t xdlm_has_clusters(void);
 XDLM_API int64_t xdlm_nelbo_cluster(const XdlmRows*);
 
 // Rows to draw a token from: row index[i] of the logits, at z_t zt[i], for i < rows. Its random numbers are those of
-// the counters (position[i], step, row_id[i], draw) under (seed, stream). floor and last are a nucleus, or null:
-// logits above floor[i], and those equal to it up to the id last[i]. bytes is this structure's size.
+// the counters (position[i], step, row_id[i], draw) under (seed, stream). bytes is this structure's size.
 struct XdlmDraw {
   int64_t bytes;
   const void* logits;
@@ -64,13 +63,16 @@ struct XdlmDraw {
   const int64_t* zt;
   const int64_t* position;
   const int64_t* row_id;
-  const float* floor;
-  const int64_t* last;
   int64_t rows, columns, row_stride, dtype;
   int64_t first_id, vocab_size, mask_id;
   int64_t seed, stream_word, step;
   double scale;  // log2(e) / temperature
 };
 
-// posterior_draw.py says what it computes: key, id and x of z_t.
+// token_race.py says what it computes: key, id and x of z_t.
 XDLM_API int xdlm_posterior_draw(const XdlmDraw*, double* draw_3M, void* stream);
+
+// survey.py says what it computes: the largest logit and z_t's, and for each of 512 slots a mass and a key with its id.
+XDLM_API int xdlm_posterior_survey(const XdlmDraw*, float* logits_2M, int64_t* mass_MS, int64_t* best_MS, void* stream);
+// Whether it can: the vocabulary has up to 2^20 ids, the shard less than 2^19 columns.
+XDLM_API int64_t xdlm_survey_fits(const XdlmDraw*);

@@ -65,7 +65,7 @@ void launch(void (*kernel)(P...), int64_t blocks, int threads, int cluster_size,
 }
 
 // One barrier a shuffle: the slots alternate, and nobody writes a slot again before all have read it.
-template <class T> T shuffle_xor(T value, int mask) {
+template <class T> T shuffle(T value, int lane) {
   Context& c = context;
   Warp& warp = *c.own->warps[c.thread / 32];
   uint64_t* slot = warp.slot[c.parity];
@@ -73,7 +73,7 @@ template <class T> T shuffle_xor(T value, int mask) {
   static_assert(sizeof(T) <= 8, "a slot holds 8 bytes");
   memcpy(&slot[c.thread % 32], &value, sizeof(T));
   warp.barrier.arrive_and_wait();
-  memcpy(&value, &slot[(c.thread % 32) ^ mask], sizeof(T));
+  memcpy(&value, &slot[lane], sizeof(T));
   return value;
 }
 

@@ -54,6 +54,15 @@ XDLM_FN float to_float(bf16 v) {
   return f;
 #endif
 }
+XDLM_FN uint32_t bits_of(float f) {
+#if defined(__CUDA_ARCH__)
+  return __float_as_uint(f);
+#else
+  uint32_t bits;
+  memcpy(&bits, &f, 4);
+  return bits;
+#endif
+}
 template <class T> XDLM_FN T from_float(float f);
 template <> XDLM_FN float from_float<float>(float f) { return f; }
 template <> XDLM_FN bf16 from_float<bf16>(float f) {  // rounds to nearest, ties to even
@@ -61,8 +70,7 @@ template <> XDLM_FN bf16 from_float<bf16>(float f) {  // rounds to nearest, ties
 #if defined(__CUDA_ARCH__)
   asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r.bits) : "f"(f));
 #else
-  uint32_t bits;
-  memcpy(&bits, &f, 4);
+  const uint32_t bits = bits_of(f);
   r.bits = f != f ? uint16_t(0x7fff) : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 #endif
   return r;
@@ -152,22 +160,28 @@ XDLM_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return memory;
 }
-// T is 4 or 8 bytes.
-template <class T> XDLM_DEVICE T shuffle_xor(T value, int mask) {
+// The value of another lane of the warp. T is 4 or 8 bytes.
+template <class T> XDLM_DEVICE T shuffle(T value, int lane) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
   if (sizeof(T) == 8) {
     unsigned long long bits;
     memcpy(&bits, &value, 8);
-    bits = __shfl_xor_sync(0xffffffffu, bits, mask);
+    bits = __shfl_sync(0xffffffffu, bits, lane);
     memcpy(&value, &bits, 8);
   } else {
     unsigned bits;
     memcpy(&bits, &value, 4);
-    bits = __shfl_xor_sync(0xffffffffu, bits, mask);
+    bits = __shfl_sync(0xffffffffu, bits, lane);
     memcpy(&value, &bits, 4);
   }
   return value;
 }
+// In shared memory, in any order among the threads of a block.
+XDLM_DEVICE void atomic_add(uint32_t* place, uint32_t value) { atomicAdd(place, value); }
+XDLM_DEVICE void atomic_max(int64_t* place, int64_t value) {
+  atomicMax(reinterpret_cast<long long*>(place), static_cast<long long>(value));
+}
+XDLM_DEVICE int64_t peek(const int64_t* place) { return *static_cast<const volatile int64_t*>(place); }
 #if __CUDA_ARCH__ >= 900
 XDLM_DEVICE void sync_cluster() {
   // not .aligned: the threads of a warp may come from different branches
@@ -189,7 +203,14 @@ inline int block_threads() { return host::context.threads; }
 inline int64_t block_index() { return host::context.block; }
 inline void sync_block() { host::context.own->barrier.arrive_and_wait(); }
 inline unsigned char* shared_memory() { return host::context.own->shared(); }
-template <class T> T shuffle_xor(T value, int mask) { return host::shuffle_xor(value, mask); }
+template <class T> T shuffle(T value, int lane) { return host::shuffle(value, lane); }
+inline void atomic_add(uint32_t* place, uint32_t value) { __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
+inline void atomic_max(int64_t* place, int64_t value) {
+  int64_t old = __atomic_load_n(place, __ATOMIC_RELAXED);
+  while (old < value && !__atomic_compare_exchange_n(place, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+inline int64_t peek(const int64_t* place) { return __atomic_load_n(place, __ATOMIC_RELAXED); }
 inline void sync_cluster() { host::context.cluster->barrier.arrive_and_wait(); }
 template <class T> T* in_block(T* place, int rank) {
   return (T*)((unsigned char*)place - shared_memory() + host::context.cluster->blocks[rank]->shared());
@@ -199,7 +220,7 @@ template <class T> T* in_block(T* place, int rank) {
 // Combine a value of every thread, in a fixed order; every thread gets the result. `room` holds 32 values in shared
 // memory and may be used again at once. The block's size is a multiple of 32.
 template <class T, class Combine> XDLM_DEVICE T reduce_block(T value, Combine combine, T* room) {
-  for (int mask = 16; mask > 0; mask /= 2) value = combine(value, shuffle_xor(value, mask));
+  for (int mask = 16; mask > 0; mask /= 2) value = combine(value, shuffle(value, (thread_index() % 32) ^ mask));
   if (thread_index() % 32 == 0) room[thread_index() / 32] = value;
   sync_block();
   value = room[0];

@@ -1,0 +1,96 @@
+"""What one read of a vocabulary shard tells of every nucleus of its rows, before any rank knows which it is.
+
+With y = l log2(e) / temperature, a logit's level is floor(y) and its bin a sixteenth of that. A survey keeps
+for each bin its mass, in integers, so that no order of summation matters, and the first of its tokens to ring
+in the race of token_race.py. The masses of all ranks then tell the bin in which the nucleus ends; all bins
+above it lie inside. Where none of its tokens rings before theirs, or there is one token alone, the winner is
+known (`settle`); else, in about one of 100 rows, the search of nucleus.py must tell. Mass is right to 2^-17
+of itself, and with it the end of a nucleus.
+
+Shape suffixes: M rows at work, R ranks, S slots, D bins from the most probable one down.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xdlm_megatron.diffusion.shard_rows import refuse_nan
+from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
+
+BINS_A_LEVEL, SLOTS = 16, 512  # 32 levels: what is less than 2^-31 as probable as the first is in no nucleus
+LARGEST = 2.0**17  # of |y|: what is beyond counts as there
+ID_BITS, KEY_UNIT, NO_KEY = 20, 2.0**-22, -(1 << 63)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of M rows of a shard.
+
+    top_M, zt_M: float32, the largest logit (NaN where one is) and z_t's (-inf where it is the mask or another
+    rank's). mass_MS, best_MS: int64, of the bins at slot bin % SLOTS, down to SLOTS below the largest
+    logit's: sum of 2^(y - level) in units of 2^-15; the largest key with its id, as `unpack` reads it.
+    """
+
+    top_M: Tensor
+    zt_M: Tensor
+    mass_MS: Tensor
+    best_MS: Tensor
+
+    def downwards(self, top_bin_M: Tensor, own_bin_M: Tensor) -> tuple[Tensor, Tensor]:
+        """mass and best of the bins top_bin_M, top_bin_M - 1, ... [M, D]; own_bin_M: this shard's largest."""
+        bin_MD = _downwards_from(top_bin_M)
+        slot_MD, empty_MD = bin_MD % SLOTS, bin_MD > own_bin_M[:, None]
+        mass_MD, best_MD = (x_MS.gather(1, slot_MD) for x_MS in (self.mass_MS, self.best_MS))
+        return mass_MD.masked_fill_(empty_MD, 0), best_MD.masked_fill_(empty_MD, NO_KEY)
+
+
+def unpack(best_M: Tensor) -> tuple[Tensor, Tensor]:
+    """(key, id) of one number: the larger key is the larger number, and of equal keys the lower id."""
+    largest_id = (1 << ID_BITS) - 1
+    return (best_M >> ID_BITS).double() * KEY_UNIT, largest_id - (best_M & largest_id)
+
+
+def bins_of(logits: Tensor, scale: float) -> Tensor:
+    """float32 -> int64. scale: log2(e) / temperature."""
+    y = (logits * scale).clamp(-LARGEST, LARGEST)
+    return (BINS_A_LEVEL * y - 0.5).round().long()
+
+
+def _downwards_from(bin_M: Tensor) -> Tensor:
+    return bin_M[:, None] - torch.arange(SLOTS, device=bin_M.device)
+
+
+def settle(
+    survey: Survey, scale: float, top_p: float, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(key, id, x of z_t, bool: the survey cannot tell), [M]. In the last case the others have no meaning.
+
+    As nucleus_draw.draw_in_nucleus. Three messages: 8 bytes a row, 4 KiB, 16 bytes.
+    """
+    top_M, zt_M = gather_ranks(torch.stack([survey.top_M, survey.zt_M]), group).amax(0)
+    refuse_nan(top_M)
+    top_bin_M, zt_bin_M = bins_of(top_M, scale), bins_of(zt_M, scale)
+    mass_MD, best_MD = survey.downwards(top_bin_M, bins_of(survey.top_M, scale))
+    if group is not None:
+        dist.all_reduce(mass_MD, group=group)
+    bin_MD = _downwards_from(top_bin_M)
+    level_MD = torch.exp2((bin_MD // BINS_A_LEVEL - top_bin_M[:, None] // BINS_A_LEVEL).double())
+    down_MD = (mass_MD * level_MD).cumsum(1)
+    total_M = down_MD[:, -1]
+    budget_M = torch.minimum(top_p * total_M, total_M.nextafter(torch.zeros_like(total_M)))
+    end_M1 = (down_MD <= budget_M[:, None]).sum(1, keepdim=True)
+    end_bin_M, first_M = top_bin_M - end_M1[:, 0], end_M1[:, 0] == 0
+    # one token's mass is at most 2^(1/16) of that at the bin's lower end, that of two at least twice
+    lower_M = 2.0**15 * torch.exp2(end_bin_M.double() % BINS_A_LEVEL / BINS_A_LEVEL)
+    alone_M = mass_MD.gather(1, end_M1)[:, 0] < 1.5 * lower_M
+    only_M = first_M & alone_M  # the most probable token is the nucleus
+    best_MD = best_MD.cummax(1).values
+    above_M, with_M = (best_MD.gather(1, at_M1)[:, 0] for at_M1 in ((end_M1 - 1).clamp_min(0), end_M1))
+    best_2M = torch.stack([above_M.masked_fill(first_M, NO_KEY), with_M])
+    above_M, with_M = gather_ranks(best_2M, group).amax(0)
+    key_M, token_M = unpack(torch.where(only_M, with_M, above_M))
+    at_end_M = zt_bin_M == end_bin_M
+    x_M = torch.where((zt_bin_M > end_bin_M) | (at_end_M & only_M), zt_M.double() * scale, -torch.inf)
+    return key_M, token_M, x_M, ~alone_M & ((with_M > above_M) | at_end_M)
