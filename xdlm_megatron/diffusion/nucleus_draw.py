@@ -45,10 +45,11 @@ def draw_tokens(
     Arguments as of token_race.draw_shard; top_p in (0, 1], 1 is all of p. x is -inf where z_t is the mask or
     outside the nucleus. Raises ValueError on NaN.
     """
+    rows = (logits_NP, index_M, zt_M, counters, shard, temperature)
     if top_p == 1:
-        return _winners(draw.shard(logits_NP, index_M, zt_M, counters, shard, temperature), group)
+        return _winners(draw.shard(*rows), group)
     scale = LOG2_E / temperature
-    survey = draw.survey and draw.survey(logits_NP, index_M, zt_M, counters, shard, temperature)
+    survey = None if draw.survey is None else draw.survey(*rows)
     if survey is None:
         key_M, token_M = index_M.new_empty(len(index_M), dtype=torch.float64), torch.empty_like(index_M)
         x_M, open_M = torch.empty_like(key_M), torch.ones_like(index_M, dtype=torch.bool)
@@ -113,8 +114,8 @@ def _first_held(
     first_W = torch.where(inside_W, key_W, -torch.inf)
     best_C = first_W.new_full((len(counters.row_M),), -torch.inf).scatter_reduce_(0, row_W, first_W, "amax")
     late_L = (~inside_W & (key_W > best_C[row_W])).nonzero()[:, 0]
-    parts = (x[late_L] for x in (weight_W8, top_W, key_W))
-    later_L8 = later_rings(*parts, counters[row_W[late_L]], tile_W[late_L])
+    late = (weight_W8[late_L], top_W[late_L], key_W[late_L], counters[row_W[late_L]], tile_W[late_L])
+    later_L8 = later_rings(*late)
     later_L8.masked_fill_(~held_W8[late_L], -torch.inf)
     first_W[late_L], column_W[late_L] = later_L8.max(-1)
     return first_W, column_W

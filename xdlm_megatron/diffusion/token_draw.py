@@ -62,8 +62,8 @@ class TokenDraw:
         z_M = self.z_BS.flatten()[at_M]
         top_M, token_M = winner_of_ranks(gather_ranks(best_shard(*rows, shard), group))
         if self.temperature > 0:
-            names = (z_M, self.counters(at_M), shard)
-            _, token_M, _ = draw_tokens(self.draw, *rows, *names, self.temperature, self.top_p, group)
+            named = (*rows, z_M, self.counters(at_M), shard)
+            _, token_M, _ = draw_tokens(self.draw, *named, self.temperature, self.top_p, group)
         own_2M = torch.stack([logits_of(*rows, ids_M, shard) for ids_M in (token_M, z_M)])
         share_2M = _shares(gather_ranks(own_2M, group).amax(0), top_M).double()
         return torch.cat([token_M[None].double(), share_2M / _mass(*rows, top_M, shard, group)])

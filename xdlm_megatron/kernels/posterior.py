@@ -74,7 +74,7 @@ class PosteriorKernels:
         logits_2M = logits_NP.new_empty(2, len(index_M), dtype=torch.float32)
         mass_MS, best_MS = (index_M.new_empty(len(index_M), SLOTS) for _ in range(2))
         self._library.call("xdlm_posterior_survey", logits_NP.device, rows, logits_2M, mass_MS, best_MS)
-        return Survey(*logits_2M, mass_MS, best_MS)
+        return Survey(logits_2M[0], logits_2M[1], mass_MS, best_MS)
 
     def _rows(
         self, logits_NP: Tensor, ids_4M: Tensor, counters: Counters, shard: Shard, temperature: float
