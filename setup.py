@@ -79,11 +79,13 @@ EXTRAS_REQUIRE = {
     "gpu": ["transformer-engine[core-cu13,pytorch]>=2.9; platform_system == 'Linux'"],
     "image": ["nvidia-dali-cuda120>=1.40; platform_system == 'Linux'", "pillow>=10"],
     "slurm": ["submitit>=1.5"],
-    "eval": ["lm-eval>=0.4.9"],
+    "eval": ["lm-eval>=0.4.9", "transformers>=4.56"],
     "ui": ["mlflow>=3.17,<4"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
+        "lm-eval>=0.4.9",  # what [eval] names, so that its tests run
+        "transformers>=4.56",
         "ruff>=0.14",
         "mypy>=1.13",
         "import-linter>=2.1",
