@@ -60,6 +60,12 @@ def test_every_form_of_head_and_loss() -> None:
     )
 
 
+def test_steps_of_an_outage_are_those_within_its_span() -> None:
+    outage = importlib.import_module("mlflow_outage")
+    times = {1: 10.0, 2: 10.5, 3: 11.5, 4: 12.0, 7: 13.0}
+    assert outage.steps_within(times, [(10.0, 10.6), (11.5, 13.0)]) == {2: 0.5, 4: 0.5, 7: 1.0}
+
+
 @pytest.mark.parametrize("name", ["kernel_nelbo", "kernel_posterior", "loss_reference", "sampling"])
 def test_it_imports(name: str) -> None:
     assert importlib.import_module(name).measure
