@@ -68,6 +68,12 @@ def make_request(
     return Request(tuple(whole[first:start]), tuple(whole[start:]), group), first > 0
 
 
+def padded_length(length: int, mesh: Mesh) -> int:
+    """The next length that goes with others, and that the processes which share a sequence can cut."""
+    step = math.lcm(LENGTH_STEP, mesh.groups.tp.size() * mesh.groups.cp.size())
+    return -(-length // step) * step
+
+
 class _RequestRows:
     """Requests as samples (data/packing.py: Packing), padded at their end."""
 
@@ -139,12 +145,10 @@ class LikelihoodEvaluator:
         return nats_RD
 
     def _by_length(self, requests: Sequence[Request]) -> dict[int, list[int]]:
-        """{padded length: requests}; what shares a sequence must be able to cut it."""
-        groups = self.mesh.groups
-        step = math.lcm(LENGTH_STEP, groups.tp.size() * groups.cp.size())
+        """{padded length: requests}."""
         found: dict[int, list[int]] = {}
         for index, request in enumerate(requests):
-            found.setdefault(-(-len(request) // step) * step, []).append(index)
+            found.setdefault(padded_length(len(request), self.mesh), []).append(index)
         return dict(sorted(found.items()))
 
     def _terms(self, chunks: list[Any], requests: Sequence[Request], length: int) -> Terms:
