@@ -40,10 +40,10 @@ def without_network() -> list[str]:
 
 
 def run(*command: str | Path, timeout: float = 400, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, timeout=timeout, env=inherited | environment
-    )
+    """Away from this checkout, whose package would hide the bundle's."""
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    words = list(map(str, command))
+    return subprocess.run(words, capture_output=True, text=True, timeout=timeout, env=inherited, cwd="/")
 
 
 @pytest.fixture(scope="module")
