@@ -77,6 +77,19 @@ def wrap_for_training(
     ]
 
 
+def forget_training(chunks: list[MegatronModule]) -> None:
+    """Lets go of trained chunks, which would outlive their run with the groups and the groups' threads.
+
+    Their gradient hooks hold them, and autograd's nodes hold the hooks, where no garbage collector looks. The
+    nodes are held by Megatron's list of them, and in float32 by the optimizer's views of the weights.
+    """
+    for chunk in chunks:
+        chunk.grad_accs.clear()
+        chunk.config.grad_scale_func = chunk.config.no_sync_func = None  # methods of optimizer and chunk
+        for weight in chunk.parameters():
+            weight.main_param = None
+
+
 @contextmanager
 def whole_weights(chunks: list[MegatronModule]) -> Iterator[None]:
     """Inside, every process has every weight as the last update left it, for others than a step to use."""

@@ -29,7 +29,7 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_train_samples
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
 from xdlm_megatron.kernels.dispatch import Kernels
-from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
+from xdlm_megatron.model.build import build_model, forget_training, unwrap, wrap_for_training
 from xdlm_megatron.model.layer_spec import who_computes
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
@@ -201,6 +201,7 @@ def train(config: RunConfig, resume: bool = False, allow_fallback: bool = False)
         if resume:  # first, so that a start that fails does not leave the outcome of the one before
             stack.enter_context(locked_run(folder, mesh))
         run = build_run(config, mesh)
+        stack.callback(forget_training, run.chunks)
         sizes = config.data.seq_length, config.train.micro_batch_size
         stack.enter_context(tensor_parallel_overlap(run.chunks[0].config, *sizes))
         if not resume:  # last, so that a mistake leaves no folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import gc
 import json
 import math
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from tests.unit.model.small import small_config
 from xdlm_megatron.checkpoint.reader import CheckpointError, find_latest
@@ -50,6 +52,19 @@ def finished(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Run
     config = config_for(tiny_recipe, tmp_path_factory.mktemp("run"), evaluation={"interval": 1000})
     assert train(config) == "finished"
     return config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_nothing_outlives_a_run(tiny_recipe: dict, tmp_path: Path, dtype: str) -> None:
+    """Neither the network nor the groups, of which each has threads that never sleep long."""
+
+    def alive() -> int:
+        gc.collect()
+        return sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+
+    before = alive()
+    train(config_for(tiny_recipe, tmp_path, train={"num_steps": 3}, precision={"dtype": dtype}))
+    assert alive() == before
 
 
 def test_a_run_leaves_its_recipe_metrics_and_checkpoint(finished: RunConfig) -> None:
