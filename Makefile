@@ -45,6 +45,7 @@ test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ and sweeps on a rea
 	  if [ "$$missing" = yes ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge > /dev/null; fi || \
 	  echo "apt-get cannot install Slurm, see above" >&2
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[slurm]"
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims

@@ -19,6 +19,7 @@ from tests.slurm.mini_slurm import MiniSlurm
 from xdlm_megatron.tracking.jsonl import read_metrics
 
 pytestmark = pytest.mark.slurm
+pytest.importorskip("submitit", reason="submitit is missing: pip install 'xdlm_megatron[slurm]'")
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 400

@@ -15,7 +15,7 @@ from typing import Any
 
 from xdlm_megatron.launch.progress import is_finished
 
-DONE, FAILED, USER_ERROR = 0, 1, 2  # exit statuses of training (__main__.py)
+DONE, FAILED, USER_ERROR, REQUEUE = 0, 1, 2, 75  # exit statuses of training (__main__.py)
 TAKEN = -1000  # no exit status: finished before, or somebody else is at it
 _POLL_SECONDS = 0.5
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from xdlm_megatron.config.derive import Derived, derive, model_parallel_size
 from xdlm_megatron.config.load import (
     ConfigError,
@@ -79,7 +81,8 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepPlan:
     _check_sizes(sweep, source)
     builder = _Builder(sweep, tree, Path(run.output_dir) / run.name)
     points, left_out = [], []
-    for size, budget, axes in _combinations(sweep):
+    wanted = list(_combinations(sweep))
+    for size, budget, axes in tqdm(wanted, "plan", leave=False, delay=1, disable=None):
         name = "-".join([size, _budget_name(sweep, budget), *_axis_names(axes)])
         config = builder.build(name, size, budget, axes)
         reason = _outside(sweep, config)

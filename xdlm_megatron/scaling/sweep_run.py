@@ -7,20 +7,19 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from xdlm_megatron.config.identity import changed_fields
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe
-from xdlm_megatron.launch.attempt import FAILED, SweepFolder
+from xdlm_megatron.launch.attempt import DONE, FAILED, REQUEUE, SweepFolder
 from xdlm_megatron.launch.gpus import GPUS
 from xdlm_megatron.launch.local import LocalRuns
 from xdlm_megatron.launch.progress import last_records
 from xdlm_megatron.launch.submit import Resources, SubmitError, active_runs, share, submit, submitting
 from xdlm_megatron.scaling.collect import HELD_OUT_LOSS, run_point
 from xdlm_megatron.scaling.sweep import SweepPlan
-from xdlm_megatron.scaling.sweep_state import FINISHED, TO_DO, RunState, read_states
+from xdlm_megatron.scaling.sweep_state import FINISHED, RUNNING, TO_DO, RunState, read_states
 from xdlm_megatron.scaling.sweep_table import plan_table, status_table, summary
 
 
@@ -89,17 +88,19 @@ def run_here(plan: SweepPlan, at_once: int) -> int:
     states = read_states(folder, plan.points, {})
     todo = [state.point for state in states if state.state != FINISHED]
     runs = LocalRuns(folder, {point.name: point.world for point in todo}, at_once)
-    with _bar(states) as bar:
-        statuses = runs.run(lambda: _show(bar, read_states(folder, plan.points, {})))
+    with _Display(states) as display:
+        statuses = runs.run(lambda: display.show(read_states(folder, plan.points, {})))
     states = read_states(folder, plan.points, {})
-    failed = [state for state in states if statuses.get(state.point.name, 0) > 0 and state.state != FINISHED]
     print(summary(plan.name, states))
-    for state in failed:
-        print(f"error: {state.point.name}: {state.remark}", file=sys.stderr)
+    for state in states:
+        code = statuses.get(state.point.name, DONE)
+        if code not in (DONE, REQUEUE) and state.state != FINISHED:
+            words = state.remark or f"status {code}, see {folder.log(state.point.name)}"
+            print(f"error: {state.point.name}: {words}", file=sys.stderr)
     unfinished = len(states) - sum(state.state == FINISHED for state in states)
     if unfinished:
         print(f"{unfinished} runs are not finished; call it again to go on", file=sys.stderr)
-    return FAILED if unfinished else 0
+    return FAILED if unfinished else DONE
 
 
 def submit_missing(plan: SweepPlan) -> int:
@@ -160,24 +161,43 @@ def _prepare(plan: SweepPlan) -> SweepFolder:
     return folder
 
 
-def _bar(states: Sequence[RunState]) -> tqdm[Any]:
-    """FLOPs of all runs, with their rate and the time left; on a terminal only."""
-    return tqdm(
-        total=sum(state.point.flops for state in states),
-        initial=sum(state.share * state.point.flops for state in states),
-        unit="FLOP",
-        unit_scale=True,
-        disable=None,
-        smoothing=0.05,
-        dynamic_ncols=True,
-    )
+class _Display:
+    """A bar over the FLOPs of all runs, with rate and time left, on a terminal; a line for each run's end."""
+
+    def __init__(self, states: Sequence[RunState]) -> None:
+        self._finished = _finished(states)
+        self._bar = tqdm(
+            total=sum(state.point.flops for state in states),
+            initial=_spent(states),
+            unit="FLOP",
+            unit_scale=True,
+            disable=None,  # where there is no terminal
+            smoothing=0.05,
+            dynamic_ncols=True,
+        )
+
+    def __enter__(self) -> _Display:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def show(self, states: Sequence[RunState]) -> None:
+        for state in states:
+            if state.point.name in _finished(states) - self._finished:
+                loss = "" if state.loss is None else f", loss {state.loss:.4f}"
+                self._bar.write(f"{state.point.name}: finished{loss}")
+        self._finished = _finished(states)
+        running = [state.point.name for state in states if state.state == RUNNING]
+        self._bar.set_description_str(f"{len(self._finished)}/{len(states)} runs", refresh=False)
+        self._bar.set_postfix_str(", ".join(running), refresh=False)
+        self._bar.update(_spent(states) - self._bar.n)
 
 
-def _show(bar: tqdm[Any], states: Sequence[RunState]) -> None:
-    finished = sum(state.state == FINISHED for state in states)
-    if bar.disable:
-        return
-    running = [state.point.name for state in states if state.state == "running"]
-    bar.set_description_str(f"{finished}/{len(states)} runs", refresh=False)
-    bar.set_postfix_str(", ".join(running), refresh=False)
-    bar.update(sum(state.share * state.point.flops for state in states) - bar.n)
+def _finished(states: Sequence[RunState]) -> set[str]:
+    return {state.point.name for state in states if state.state == FINISHED}
+
+
+def _spent(states: Sequence[RunState]) -> float:
+    """FLOPs."""
+    return sum(state.share * state.point.flops for state in states)
