@@ -2,7 +2,8 @@
 
     python fake_train.py RECIPE [--resume]
 
-Every step takes 20 ms and adds a line "RUN STEP" to `steps` in the sweep's folder.
+Every step takes 20 ms and adds a line "RUN STEP" to `steps` in the sweep's folder. Seed 13 is a mistake, seed
+14 fails at step 3, seed 15 waits there for a file `go` in the sweep's folder.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ def main(recipe: str, resume: bool) -> int:
         if seed == 14 and step == 3:
             (folder / "outcome").write_text("failed: step 3: no luck\n")
             return 1
+        while seed == 15 and step == 3 and not asked and not (sweep / "go").exists():
+            time.sleep(0.02)
         if asked:
             (folder / "outcome").write_text(f"stopped at step {step}\n")
             return 0
