@@ -21,6 +21,7 @@ from xdlm_megatron.data.indexed import load_manifest
 
 RECIPE = "recipe.yaml"
 DATA = "data.json"
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "mlflow-skinny")
 
 
 def write_recipe(folder: Path, config: RunConfig) -> None:
@@ -54,7 +55,7 @@ def record_start(
         "xdlm_megatron": __version__,
         "git_commit": git_commit(),
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("torch", "megatron-core", "numpy", "mlflow-skinny")},
+        "packages": {name: _version(name) for name in PACKAGES},
     }
     with (folder / ENVIRONMENT).open("a") as file:
         file.write(json.dumps(start) + "\n")

@@ -158,6 +158,7 @@ def compare_with_the_twin(mesh: Any, report: dict[str, Any]) -> None:
 
     from tests.unit.model.small import small_config
     from xdlm_megatron.model.build import build_model, unwrap
+    from xdlm_megatron.model.layer_spec import who_computes
 
     ids = torch.arange(24).view(2, 12)
     for dtype in ("float32", "bfloat16"):
@@ -185,6 +186,7 @@ def compare_with_the_twin(mesh: Any, report: dict[str, Any]) -> None:
     fp8 = {"dtype": "bfloat16", "fp8": "hybrid", "fp8_recipe": "delayed"}
     (chunk,) = build_model(small_config(precision=fp8, data={"seq_length": 16}), mesh)
     models["delayed"] = unwrap(chunk)
+    report["who"] = who_computes(chunk.config, masked=False), who_computes(chunk.config, masked=True)
     report["checkpoints"] = {
         f"{source} to {target}": load_from(models[source], models[target], mesh)
         for source, target in itertools.permutations(models, 2)
@@ -256,7 +258,8 @@ def resolve_examples(report: dict[str, Any]) -> None:
     from xdlm_megatron.config.load import load_recipe
     from xdlm_megatron.model.transformer_config import build_transformer_config
 
-    for path in sorted(EXAMPLES.glob("*.yaml")):
+    recipes = [path for path in EXAMPLES.glob("*.yaml") if "\nsweep:" not in path.read_text()]
+    for path in sorted(recipes):
         config = load_recipe(path)
         transformer = build_transformer_config(config.model, config.parallel, config.precision)
         names = ("transformer_impl", "gradient_accumulation_fusion", "bf16", "fp8", "fp8_recipe", "fp8_param")

@@ -50,7 +50,7 @@ def report() -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,  # 6 s of CPU time
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -60,6 +60,16 @@ def test_it_is_found_and_megatron_takes_its_adam() -> None:
     found = f"Transformer Engine {VERSION} with layers, fused Adam, gradient accumulation fusion"
     assert report()["package"] == found
     assert report()["adam"].startswith("transformer_engine.")
+
+
+def test_a_line_says_who_computes_what() -> None:
+    whole, masked = report()["twin"]["who"]
+    assert whole == (
+        "layers by Transformer Engine, attention by Transformer Engine, Adam by Transformer Engine, "
+        "sums of weight gradients by Transformer Engine, the head's PyTorch "
+        f"({report()['package']}; apex: not installed)"
+    )
+    assert "attention by PyTorch" in masked  # within documents
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 2e-2)])
@@ -158,3 +168,16 @@ def keywords_of(name: str) -> set[str]:
 )
 def test_it_has_what_the_optimizer_and_fp8_pass(name: str, passed: set[str]) -> None:
     assert passed <= set(report()["signatures"][name])
+
+
+def test_its_offload_takes_megatrons_arguments_in_their_order() -> None:
+    """They are passed by position."""
+    passed = [
+        "enabled",
+        "num_layers",
+        "model_layers",
+        "offload_activations",
+        "offload_weights",
+        "double_buffering",
+    ]
+    assert report()["signatures"]["get_cpu_offload_context"][:6] == passed
