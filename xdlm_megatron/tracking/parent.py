@@ -18,7 +18,7 @@ NAME_TAG = "xdlm.parent_run"  # of a parent
 _STATE_TAG, _KEPT = "xdlm.parent_state", "kept"
 
 STALE_SECONDS = 60.0  # a candidate that is neither kept nor withdrawn by then: its maker has died
-_LONGEST_WAIT_SECONDS = 4.0
+_LONGEST_WAIT_SECONDS = 30.0
 
 
 def find_or_create_parent(client: Any, experiment_id: str, name: str) -> str:
@@ -27,22 +27,24 @@ def find_or_create_parent(client: Any, experiment_id: str, name: str) -> str:
     Takes a few requests, and up to STALE_SECONDS after a process has died in the midst of it.
     """
     seen: dict[str, float] = {}
-    wait = 0.1
     while True:
+        begin = time.monotonic()
         runs = _candidates(client, experiment_id, name)
         for run in runs:
             if run.data.tags.get(_STATE_TAG) == _KEPT:
                 return str(run.info.run_id)
-            if time.monotonic() - seen.setdefault(run.info.run_id, time.monotonic()) > STALE_SECONDS:
+            if begin - seen.setdefault(run.info.run_id, begin) > STALE_SECONDS:
                 client.delete_run(run.info.run_id)  # were it alive after all, it could not be kept any more
         if not runs:
             mine = client.create_run(experiment_id, run_name=name, tags={NAME_TAG: name}).info.run_id
-            if [run.info.run_id for run in _candidates(client, experiment_id, name)] == [mine]:
+            runs = _candidates(client, experiment_id, name)
+            if [run.info.run_id for run in runs] == [mine]:
                 client.set_tag(mine, _STATE_TAG, _KEPT)
                 return str(mine)
             client.delete_run(mine)
-        time.sleep(random.uniform(0, wait))
-        wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+        # As long as all of them take one after the other: then one is likely to come alone.
+        longest = min(max(len(runs) * (time.monotonic() - begin), 0.1), _LONGEST_WAIT_SECONDS)
+        time.sleep(random.uniform(0, longest))
 
 
 def _candidates(client: Any, experiment_id: str, name: str) -> list[Any]:
