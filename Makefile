@@ -64,8 +64,8 @@ bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 
 bench-gpu: $(VENV)/.installed-dev  ## the tables of a GPU, in benchmarks/results/cuda/: under 8 minutes, or it stops
 	timeout 180 $(BIN)/python benchmarks/kernel_nelbo.py --device cuda
-	timeout 120 $(BIN)/python benchmarks/head_loss.py --device cuda
-	timeout 170 $(BIN)/python benchmarks/kernel_posterior.py --device cuda --vocabularies 131072
+	timeout 150 $(BIN)/python benchmarks/head_loss.py --device cuda
+	timeout 140 $(BIN)/python benchmarks/kernel_posterior.py --device cuda --vocabularies 131072
 
 # With the environment that is there, as a machine without network has no other: .venv's Python, else $(PYTHON).
 gpu-suite:  ## what this package does on one GPU: parity, FP8, speed, memory, a report; under 9 minutes, no network

@@ -1,18 +1,22 @@
 """Time, memory and reading speed of one sampling step, against the paper's posterior over all tokens and ids.
 
-`dense` makes q(z_s | z_t) as the authors' code does, [B, S, V] in float32, and draws from it by a race of V
-noises. `ours` settles what random numbers alone decide, then reads the logits of the other rows once
-(posterior_draw.py; on CUDA by the kernel, and by its PyTorch twin as `twin`). Two steps of 32: the one from
-t = 1/2, which reads few rows, and the noise removal, which may read all. The read speed is that of the draw
-alone, of all rows: bytes of logits over the time, as a share of what a copy of the same logits moves (bytes
-read and written) in the same process; `floor` is the time of reading them at that speed. Each form runs in a
-process of its own; memory is the peak above the logits. Seconds are CUDA events', on a CPU the process's own
-CPU time, so that other processes hardly matter.
+dense     q(z_s | z_t) as the authors' code makes it, [B, S, V] in float32, and a race of V noises
+compiled  torch.compile of it
+twin      posterior_draw.py: random numbers settle what they alone decide, the other rows' logits are read
+ours      the same by the CUDA kernels; on a CPU, where there are none, the twin, and `twin` is left out
+floor     one read of the logits
+
+Three steps of 32: from t = 1/2, which reads few rows; the noise removal, which may read all; that with top-p.
+`GB` is what a step moves: counted over its operators for `dense` (as if there were no cache), one read of
+the rows for `ours`, unknown for what a compiler makes. `of a copy` is the time that copying as many bytes
+takes in the same process over the time it took. Liger has no sampler. Memory is the peak above the logits.
+Seconds are CUDA events', on a CPU the process's own CPU time; there each form runs in a process of its own.
 
     python benchmarks/kernel_posterior.py --tokens 256
 """
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
@@ -20,31 +24,38 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from cases import device_name, spawn, write_results
+from cases import device_name, run_case, write_results
 from loss_reference import DTYPES
-from meter import baseline_mib, best_seconds, peak_mib
+from meter import CountBytes, baseline_mib, best_seconds, peak_mib
 from torch import Tensor
 from tqdm import tqdm
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits
-from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.schedule import LogLinear
-from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Draw
 from xdlm_megatron.kernels.dispatch import choose_kernels
 
 KEY = (1, 5)
 NUM_STEPS = 32
-STEPS = {"t = 1/2": (0.5, 0.5 - 1 / NUM_STEPS), "noise removal": (1e-5, 0.0)}
+HALF, LAST = (0.5, 0.5 - 1 / NUM_STEPS, 1.0), (1e-5, 0.0, 1.0)
+STEPS = {"t = 1/2": HALF, "noise removal": LAST, "top-p 0.9": (*LAST[:2], 0.9)}
+IMPLS = ("dense", "compiled", "twin", "ours")
 UNIFORM_RATIO = 0.1
 
 
-def dense_step(logits: Tensor, zt: Tensor, alpha_s: float, alpha_t: float, noise: StationaryNoise) -> Tensor:
+def dense_step(
+    logits: Tensor, zt: Tensor, alpha_s: float, alpha_t: float, top_p: float, noise: StationaryNoise
+) -> Tensor:
     """The paper's step, [B, S]: the posterior over every id, then argmax of q over exponential noise."""
     k, V, mask_id = noise.uniform_ratio, noise.vocab_size, noise.mask_id
     logits = logits.float().index_fill(-1, torch.tensor([mask_id], device=logits.device), -torch.inf)
     p = logits.softmax(-1)
+    if top_p < 1:
+        p, order = p.sort(dim=-1, descending=True)
+        p = p.where(p.cumsum(-1) <= top_p, 0).scatter(-1, order[..., :1].mul(0), p[..., :1])
+        p = torch.zeros_like(p).scatter(-1, order, p / p.sum(-1, keepdim=True))
     pi = torch.full((V,), k / V, device=p.device)
     pi[mask_id] += 1 - k
     here = zt[..., None]
@@ -57,11 +68,17 @@ def dense_step(logits: Tensor, zt: Tensor, alpha_s: float, alpha_t: float, noise
 
 
 def sparse_step(
-    logits: Tensor, zt: Tensor, alpha_s: float, alpha_t: float, noise: StationaryNoise, draw: object
+    logits: Tensor,
+    zt: Tensor,
+    alpha_s: float,
+    alpha_t: float,
+    top_p: float,
+    noise: StationaryNoise,
+    draw: Draw,
 ) -> Tensor:
     row_B = torch.arange(len(zt), device=zt.device)
     rates = (torch.tensor(alpha, dtype=torch.float64) for alpha in (alpha_s, alpha_t))
-    step = ReverseStep(KEY, 0, row_B, noise, *rates, draw=draw)
+    step = ReverseStep(KEY, 0, row_B, noise, *rates, top_p=top_p, draw=draw)
     zs, undecided = step.settle(zt, torch.ones_like(zt, dtype=torch.bool))
     return Logits(logits).replace(zs, undecided, partial(step.pick, zt))
 
@@ -74,49 +91,45 @@ def make_inputs(args: argparse.Namespace, device: torch.device) -> tuple:
     logits = torch.empty(B, S, V, dtype=DTYPES[args.dtype], device=device)
     for row in logits.view(-1, V):  # a row at a time: no float32 peak before the baseline
         row.copy_(torch.randn(V, device=device) * 2)
-    t, s = STEPS[args.step]
+    t, s, top_p = STEPS[args.step]
     alpha_t, alpha_s = (LogLinear().alpha(torch.tensor(x, dtype=torch.float64)).item() for x in (t, s))
     x0 = torch.randint(0, V - 1, (B, S), device=device)
     counter = (torch.arange(B, device=device)[:, None], torch.arange(S, device=device))
     zt = noise.corrupt(x0, torch.full((B,), alpha_t, dtype=torch.float64), (0, 1), counter)
-    return logits, zt, 1.0 if s == 0 else alpha_s, alpha_t, noise
+    return logits, zt, 1.0 if s == 0 else alpha_s, alpha_t, top_p, noise
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """One case, in this process: the first step gives the memory, the others the time."""
+    """One case: the first step gives memory and bytes, the best one the time."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
     draw = choose_kernels("auto", device).draw if args.impl == "ours" else REFERENCE_DRAW
-    step = dense_step if args.impl == "dense" else partial(sparse_step, draw=draw)
-    # A tiny step first, so that lazily loaded libraries do not count as the step's memory.
-    step(*make_inputs(argparse.Namespace(**vars(args) | {"tokens": args.batch, "vocab": 64}), device))
+    step = partial(sparse_step, draw=draw)
+    if args.impl in ("dense", "compiled"):
+        step = dense_step if args.impl == "dense" else torch.compile(dense_step, dynamic=False)
+    # A tiny step first, so that lazily loaded libraries do not count as the step's memory; torch.compile
+    # compiles for one size.
+    tiny = {} if args.impl == "compiled" else {"tokens": args.batch, "vocab": 64}
+    step(*make_inputs(argparse.Namespace(**vars(args) | tiny), device))
     inputs = make_inputs(args, device)
     baseline = baseline_mib(device)
-    step(*inputs)
+    with CountBytes() if args.impl == "dense" else contextlib.nullcontext() as count:
+        step(*inputs)
     peak = peak_mib(device)
-    result = {
-        "seconds": best_seconds(lambda: step(*inputs), args.repeats, device),
-        "peak_mib": peak - baseline,
-        "rows_read": 1.0,
-    }
-    if args.impl == "dense":
-        return result
-    logits, zt, alpha_s, alpha_t, noise = inputs
-    rows = logits.view(-1, logits.shape[-1])
-    index = torch.arange(len(rows), device=device)
+    seconds = best_seconds(lambda: step(*inputs), args.repeats, device)
+    logits, zt, alpha_s, alpha_t, _, noise = inputs
     rates = (torch.tensor(alpha, dtype=torch.float64) for alpha in (alpha_s, alpha_t))
-    reverse = ReverseStep(KEY, 0, index[: len(zt)], noise, *rates)
-    result["rows_read"] = reverse.settle(zt, zt >= 0)[1].double().mean().item()
-    if args.step != "noise removal":
-        return result
-    counters = reverse.counters(index, zt.shape[1])
-    target = torch.empty_like(rows)
-    size = rows.numel() * rows.element_size()
-    arguments = (rows, index, zt.flatten(), counters, Shard(noise))
-    draw_seconds = best_seconds(lambda: draw.shard(*arguments), args.repeats, device)
-    copy_seconds = best_seconds(lambda: target.copy_(rows), args.repeats, device)
-    read, copied = size / draw_seconds, 2 * size / copy_seconds
-    return result | {"read_gb_s": read / 1e9, "copy_gb_s": copied / 1e9, "share_of_copy": read / copied}
+    reverse = ReverseStep(KEY, 0, torch.arange(len(zt), device=device), noise, *rates)
+    rows_read = reverse.settle(zt, zt >= 0)[1].double().mean().item()
+    size = logits.numel() * logits.element_size()
+    target = torch.empty_like(logits)
+    copy_seconds = best_seconds(lambda: target.copy_(logits), args.repeats, device)
+    result = {"seconds": seconds, "peak_mib": peak - baseline, "copy_gb_s": 2 * size / copy_seconds / 1e9}
+    if args.impl == "ours":
+        result |= {"rows_read": rows_read, "moved_gb": rows_read * size / 1e9}
+    if args.impl == "dense":
+        result["moved_gb"] = count.total / 1e9
+    return result
 
 
 def report(args: argparse.Namespace, rows: list[dict]) -> str:
@@ -130,33 +143,41 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         "",
         f"    {args.command}",
         "",
-        "Logits of every position are given; memory is the peak above them, seconds are this process's own.",
-        "GB/s: bytes of logits a second, where the draw reads every row; of a copy: its share of what a",
-        "copy of the logits moves (read and written) in the same process. floor: one read at that speed.",
+        "Columns and units as the script explains them; logits of every position are given. floor: the",
+        "logits of the rows that `ours` reads, at the speed of a copy in the same run.",
         "",
-        "| V | logits | step | form | rows | seconds | MiB | time ratio | memory ratio | GB/s | of a copy |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| V | logits | step | form | seconds | MiB | time ratio | memory ratio | GB | of a copy |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        same = ("vocab", "dtype", "step")
-        base = next(r for r in rows if r["impl"] == "dense" and all(r[name] == row[name] for name in same))
-        read = "| | |"
-        if "read_gb_s" in row:
-            read = f"| {row['read_gb_s']:.2f} | {row['share_of_copy']:.1%} |"
-        lines.append(
-            f"| {row['vocab']} | {row['dtype']} | {row['step']} | {row['impl']} "
-            f"| {row['rows_read']:.1%} | {row['seconds']:.4f} "
-            f"| {row['peak_mib']:.0f} | {row['seconds'] / base['seconds']:.3f} "
-            f"| {row['peak_mib'] / base['peak_mib']:.3f} {read}"
-        )
-        if "copy_gb_s" in row and row["impl"] == "ours":
-            size = args.tokens * row["vocab"] * DTYPES[row["dtype"]].itemsize
-            floor = size / (1e9 * row["copy_gb_s"])
-            lines.append(
-                f"| {row['vocab']} | {row['dtype']} | {row['step']} | floor | 100.0% | {floor:.4f} "
-                f"| 0 | {floor / base['seconds']:.3f} | 0.000 | {row['copy_gb_s']:.2f} | 100.0% |"
-            )
+        same = [r for r in rows if all(r[name] == row[name] for name in ("vocab", "dtype", "step"))]
+        base = same[0]
+        lines.append(line_of(row, base))
+        if row is same[-1]:
+            ours = next(r for r in same if r["impl"] == "ours")
+            speed = max(r["copy_gb_s"] for r in same)
+            floor = {
+                "impl": "floor",
+                "seconds": ours["moved_gb"] / speed,
+                "peak_mib": 0.0,
+                "copy_gb_s": speed,
+            }
+            lines.append(line_of(ours | floor, base))
     return "\n".join(lines) + "\n"
+
+
+def line_of(row: dict, base: dict) -> str:
+    cells = [row["vocab"], row["dtype"], row["step"], row["impl"], f"{row['seconds']:.4f}"]
+    cells += [
+        f"{row['peak_mib']:.0f}",
+        *(f"{row[name] / base[name]:.3f}" for name in ("seconds", "peak_mib")),
+    ]
+    if "moved_gb" in row:
+        share = row["moved_gb"] / row["seconds"] / row["copy_gb_s"]
+        cells += [f"{row['moved_gb']:.3f}", f"{share:.1%}"]
+    else:
+        cells += ["", ""]
+    return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main() -> None:
@@ -176,13 +197,13 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES), help="of the logits")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="with --measure")
     parser.add_argument("--step", choices=STEPS, default="t = 1/2", help="with --measure")
-    parser.add_argument("--impl", choices=("dense", "twin", "ours"), default="ours", help="with --measure")
+    parser.add_argument("--impl", choices=IMPLS, default="ours", help="with --measure")
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(args)))
         return
     args.command = " ".join(["python", "benchmarks/kernel_posterior.py", *sys.argv[1:]])
-    impls = ("dense", "twin", "ours") if args.device == "cuda" else ("dense", "ours")
+    impls = IMPLS if args.device == "cuda" else ("dense", "compiled", "ours")
     cases = [
         {"vocab": vocab, "dtype": dtype, "step": step, "impl": impl}
         for vocab in args.vocabularies
@@ -191,8 +212,9 @@ def main() -> None:
         for impl in impls
     ]
     names = ("device", "tokens", "batch", "repeats", "threads")
-    options = {name: getattr(args, name) for name in names}
-    rows = [spawn(__file__, options, case) for case in tqdm(cases, desc="posterior", unit="case")]
+    rows = [
+        run_case(__file__, args, names, case, measure) for case in tqdm(cases, desc="posterior", unit="case")
+    ]
     write_results(
         args,
         "kernel_posterior",

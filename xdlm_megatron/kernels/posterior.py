@@ -52,8 +52,7 @@ class PosteriorKernels:
         shard: Shard,
         temperature: float = 1.0,
     ) -> Tensor:
-        ids_4M = torch.stack([index_M, zt_M, counters.position_M, counters.row_M])
-        rows = self._rows(logits_NP, ids_4M, counters, shard, temperature)
+        rows, _ids_4M = self._rows(logits_NP, index_M, zt_M, counters, shard, temperature)
         draw_3M = logits_NP.new_empty(3, len(index_M), dtype=torch.float64)
         self._library.call("xdlm_posterior_draw", logits_NP.device, rows, draw_3M)
         return draw_3M
@@ -67,8 +66,7 @@ class PosteriorKernels:
         shard: Shard,
         temperature: float,
     ) -> Survey | None:
-        ids_4M = torch.stack([index_M, zt_M, counters.position_M, counters.row_M])
-        rows = self._rows(logits_NP, ids_4M, counters, shard, temperature)
+        rows, _ids_4M = self._rows(logits_NP, index_M, zt_M, counters, shard, temperature)
         if not self._library.ask("xdlm_survey_fits", logits_NP.device, rows):
             return None
         logits_2M = logits_NP.new_empty(2, len(index_M), dtype=torch.float32)
@@ -77,10 +75,17 @@ class PosteriorKernels:
         return Survey(logits_2M[0], logits_2M[1], mass_MS, best_MS)
 
     def _rows(
-        self, logits_NP: Tensor, ids_4M: Tensor, counters: Counters, shard: Shard, temperature: float
-    ) -> DrawRows:
-        """Of tensors that must outlive the call."""
+        self,
+        logits_NP: Tensor,
+        index_M: Tensor,
+        zt_M: Tensor,
+        counters: Counters,
+        shard: Shard,
+        temperature: float,
+    ) -> tuple[DrawRows, Tensor]:
+        """What the kernels take, and a tensor that must outlive their call."""
         library, (noise, first_id) = self._library, shard
+        ids_4M = torch.stack([index_M, zt_M, counters.position_M, counters.row_M])
         check_logits(logits_NP)
         if logits_NP.device.type != library.device_type or ids_4M.device != logits_NP.device:
             raise ValueError(
@@ -91,7 +96,7 @@ class PosteriorKernels:
             raise ValueError(
                 f"a shard that begins at id {first_id} cuts a tile; pad it to a multiple of {TILE}"
             )
-        return DrawRows(
+        rows = DrawRows(
             ctypes.sizeof(DrawRows),
             logits_NP.data_ptr(),
             *(ids_M.data_ptr() for ids_M in ids_4M),
@@ -100,3 +105,4 @@ class PosteriorKernels:
             *(*counters.key, counters.step),
             LOG2_E / temperature,
         )
+        return rows, ids_4M

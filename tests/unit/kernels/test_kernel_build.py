@@ -31,9 +31,12 @@ MOST_REGISTERS = {
     "merge_kernel": 64,
     "finish_kernel": 64,
     "posterior_draw_kernel": 80,  # 24 warps, every lane with four vectors on the way
+    "posterior_survey_kernel": 128,  # 16 warps
 }
 MOST_REGISTERS_SM_80 = {name: 64 for name in MOST_REGISTERS} | {"sums_kernel": 40}
-MOST_REGISTERS_SM_80["posterior_draw_kernel"] = MOST_REGISTERS["posterior_draw_kernel"]
+MOST_REGISTERS_SM_80 |= {
+    name: MOST_REGISTERS[name] for name in MOST_REGISTERS if name.startswith("posterior")
+}
 
 
 @needs_nvcc
