@@ -55,7 +55,8 @@ def evaluate(options: argparse.Namespace) -> None:
     import xdlm_megatron.parallel  # noqa: F401
     from xdlm_megatron.data.build import build_noise
     from xdlm_megatron.evaluation.harness import DiffusionLM
-    from xdlm_megatron.evaluation.report import checkpoint_record, write_record
+    from xdlm_megatron.evaluation.records import write_record
+    from xdlm_megatron.evaluation.report import checkpoint_record
     from xdlm_megatron.evaluation.restore import choose_checkpoint, restored
     from xdlm_megatron.model.objective import Objective
     from xdlm_megatron.parallel.kernel_choice import choose_kernels_together

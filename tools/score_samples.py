@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from xdlm_megatron.config.load import load_recipe
-from xdlm_megatron.evaluation.report import write_record
+from xdlm_megatron.evaluation.records import write_record
 from xdlm_megatron.evaluation.scorer import CausalScorer
 from xdlm_megatron.evaluation.scoring import (
     Texts,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tools import score_samples
 from xdlm_megatron.__main__ import main
 from xdlm_megatron.config.derive import num_parameters
 from xdlm_megatron.config.load import load_recipe
@@ -271,6 +272,27 @@ def test_evaluate_and_sample(trained: Path, capfd: pytest.CaptureFixture[str]) -
     assert "nats per token" in capfd.readouterr().out
     assert main(["sample", str(trained), "--steps", "2", "--num-samples", "2"]) == 0
     assert capfd.readouterr().out.count("--- sample") == 2
+
+
+def test_samples_are_scored(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The tool on what `sample` wrote: held-out text beside it, and all that made it in the scores."""
+    folder = trained.parent / "runs/trained/samples"
+    assert main(["sample", str(trained), "--steps", "2", "--num-samples", "3", "--seed", "5"]) == 0
+    (path,) = folder.glob("*-seed5.json")
+    for _ in range(2):  # scores among the samples are passed over
+        monkeypatch.setattr(sys, "argv", ["score_samples.py", *map(str, folder.glob("*-seed5*.json"))])
+        assert score_samples.main() == 0
+    assert capfd.readouterr().out.count("reference") == 2
+    record = json.loads(path.with_suffix(".scores.json").read_text())
+    assert (record["made_by"]["seed"], record["made_by"]["sampling"]["num_steps"]) == (5, 2)
+    assert len(record["made_by"]["checkpoint_hash"]) == 32
+    assert record["samples"]["num_samples"] == record["reference"]["num_samples"] == 3
+    assert record["samples"]["network_calls"] <= 3
+    monkeypatch.setattr(sys, "argv", ["score_samples.py", str(trained)])
+    assert score_samples.main() == 2
+    assert "is no file of samples" in capfd.readouterr().err
 
 
 def test_evaluate_local_files(trained: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

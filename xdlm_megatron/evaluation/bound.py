@@ -24,13 +24,13 @@ from torch import Tensor
 from xdlm_megatron.data.batch import Batch
 from xdlm_megatron.diffusion.nelbo import prior_kl
 from xdlm_megatron.evaluation.nelbo import (
-    Estimate,
     NelboEvaluator,
     NelboResult,
     bits_per_byte,
     perplexity,
     ratio,
 )
+from xdlm_megatron.evaluation.records import Estimate
 from xdlm_megatron.evaluation.steps import sampling_chain
 from xdlm_megatron.model.objective import Objective
 

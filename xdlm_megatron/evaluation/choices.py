@@ -18,7 +18,8 @@ from torch import Tensor
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.tokenizer import Tokenizer
 from xdlm_megatron.evaluation.likelihood import Request, make_request
-from xdlm_megatron.evaluation.nelbo import Estimate, standard_error
+from xdlm_megatron.evaluation.nelbo import standard_error
+from xdlm_megatron.evaluation.records import Estimate
 
 FORM = (
     'a line must be {"prompt": text, "choices": [text, text, ...], "answer": number of the right one from 0}'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -12,17 +12,11 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.batch import NoisedSamples
 from xdlm_megatron.data.build import build_valid_samples
 from xdlm_megatron.data.indexed import load_manifest
+from xdlm_megatron.evaluation.records import Estimate
 from xdlm_megatron.evaluation.rounds import Rounds
 from xdlm_megatron.evaluation.terms import Terms
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
-
-
-class Estimate(NamedTuple):
-    """A mean and its standard error, both in nats per token unless said otherwise."""
-
-    mean: float
-    standard_error: float
 
 
 @dataclass(frozen=True)

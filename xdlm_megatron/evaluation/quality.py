@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from xdlm_megatron.evaluation.nelbo import Estimate
+from xdlm_megatron.evaluation.records import Estimate, mean_of
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
 
 Ids = NDArray[np.int64]
@@ -51,12 +51,6 @@ def low_entropy_share(samples: Sequence[Ids], reference: Sequence[Ids]) -> float
     usual = [unigram_entropy(ids_T) for ids_T in reference]
     bound = np.quantile(usual, LOW_QUANTILE, method="lower")
     return float(np.mean([unigram_entropy(ids_T) < bound for ids_T in samples]))
-
-
-def mean_of(values: Sequence[float]) -> Estimate:
-    """Of independent samples; the error of one is unknown."""
-    deviation = np.std(values, ddof=1) if len(values) > 1 else np.nan
-    return Estimate(float(np.mean(values)), float(deviation / np.sqrt(len(values))))
 
 
 def _num_different(samples: Sequence[Ids], n: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.evaluation.bound import Bound, Evaluated, TimeBin
 from xdlm_megatron.evaluation.choices import ChoiceResult
-from xdlm_megatron.evaluation.nelbo import Estimate
+from xdlm_megatron.evaluation.records import Estimate, write_record
 
 
 def checkpoint_record(config: RunConfig, path: Path, step: int, use_ema: bool) -> dict[str, Any]:
@@ -130,20 +129,6 @@ def _bound_record(bound: Bound) -> dict[str, Any]:
         "bits_per_byte_standard_error": in_bits,
         "parts": {name: value._asdict() for name, value in bound.parts.items()},
     }
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """JSON; numbers that are not finite, which it lacks, become null."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_finite(record), indent=2, allow_nan=False) + "\n")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_by_time(path: Path, bins: Sequence[TimeBin]) -> None:

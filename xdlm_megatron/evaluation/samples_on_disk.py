@@ -15,7 +15,7 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.tokenizer import Tokenizer
 from xdlm_megatron.evaluation.generation import SampleOptions, Samples
 from xdlm_megatron.evaluation.order import kendall_tau, parallelism
-from xdlm_megatron.evaluation.report import write_record
+from xdlm_megatron.evaluation.records import write_record
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
 from xdlm_megatron.evaluation.trace import draw_trace
 from xdlm_megatron.evaluation.trace_page import write_trace_page

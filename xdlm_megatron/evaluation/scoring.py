@@ -16,8 +16,8 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_valid_samples
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.tokenizer import load_tokenizer
-from xdlm_megatron.evaluation.nelbo import Estimate
-from xdlm_megatron.evaluation.quality import Diversity, diversity, low_entropy_share, mean_of
+from xdlm_megatron.evaluation.quality import Diversity, diversity, low_entropy_share
+from xdlm_megatron.evaluation.records import Estimate, mean_of
 from xdlm_megatron.evaluation.scorer import Scored, Scorer, score_all
 
 SUSPICIOUS_SHARE = 0.05  # of samples below 99 % of the reference's entropies
@@ -27,7 +27,7 @@ SUSPICIOUS_SHARE = 0.05  # of samples below 99 % of the reference's entropies
 class Texts:
     """Texts with their ids in the model's tokens. calls, steps: of each sample; empty for held-out text.
 
-    made_by: checkpoint, its fingerprint, sampler, its settings, seed; goes into every file of scores.
+    made_by: checkpoint, its hash, sampler, its settings, seed; goes into every file of scores.
     """
 
     ids: list[np.ndarray]

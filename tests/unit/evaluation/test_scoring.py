@@ -45,7 +45,7 @@ def sample_bigrams(number: int, seed: int) -> Texts:
 
 def as_texts(rows: list[np.ndarray]) -> Texts:
     texts = ["".join(chr(33 + i) for i in row) for row in rows]
-    return Texts(rows, texts, (9,) * len(rows), (8,) * len(rows), {"seed": 5, "checkpoint_fingerprint": "f"})
+    return Texts(rows, texts, (9,) * len(rows), (8,) * len(rows), {"seed": 5, "checkpoint_hash": "f"})
 
 
 def test_a_looped_phrase_is_flagged_although_its_perplexity_is_low() -> None:
@@ -62,7 +62,7 @@ def test_a_looped_phrase_is_flagged_although_its_perplexity_is_low() -> None:
     assert not good.warnings
     assert all(head in as_table(bad) for head in ("gen ppl", "bits/byte", "entropy", "rep-4", "calls"))
     record = json.loads(json.dumps(to_record(loops, Bigrams(), bad)))
-    assert record["made_by"] == {"seed": 5, "checkpoint_fingerprint": "f"}
+    assert record["made_by"] == {"seed": 5, "checkpoint_hash": "f"}
     assert (record["samples"]["network_calls"], record["scorer"]["name"]) == (9, "bigrams")
     assert record["samples"]["scores"]["perplexity"] == bad.samples.scores.perplexity
 
