@@ -4,14 +4,14 @@
 #   "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" PROGRAM
 #
 # One task is one process (on GPUs: one GPU). Environment, all of it optional:
-#   XDLM_PYTHON        interpreter (default: .venv/bin/python where it exists, else python3)
+#   XDLM_PYTHON        interpreter (default: .venv/bin/python where it exists and no container, else python3)
 #   XDLM_CONTAINER     image: a .sif runs by apptainer, anything else by pyxis (srun --container-image)
 #   XDLM_MOUNTS        what the container sees beside this folder, SOURCE:TARGET[,...]
 # shellcheck disable=SC2034  # for those who source it
 python=${XDLM_PYTHON:-}
 if [[ -z $python ]]; then
     python=python3
-    [[ -x .venv/bin/python ]] && python=$PWD/.venv/bin/python
+    [[ -x .venv/bin/python && -z ${XDLM_CONTAINER:-} ]] && python=$PWD/.venv/bin/python
 fi
 
 in_container=()

@@ -47,7 +47,7 @@ except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 print(run_folder(config))
-' "$SLURM_NTASKS" "$@") || fail 2 "$1 cannot run on $SLURM_NTASKS processes, see above"
+' "$SLURM_NTASKS" "$@") || fail $(($? == 2 ? 2 : 1)) "$1 cannot run on $SLURM_NTASKS processes, see above"
 
 # A run folder that exists is this run's: whoever submits again, or Slurm after a requeue, goes on. Another recipe
 # in the same folder is refused by --resume itself.

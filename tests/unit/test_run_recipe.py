@@ -19,7 +19,7 @@ SCRIPT = REPOSITORY / "slurm/run_recipe.sh"
 SRUN = """#!/bin/bash
 echo "srun $*" >>"$PLAY/calls"
 case "$*" in
-    *run_folder*) echo "$PLAY/run" ;;
+    *run_folder*) echo "$PLAY/run"; exit "${READ:-0}" ;;
     *check_collectives*) [[ -z ${SIGNAL:-} ]] || kill -USR1 "$PPID"; exit "${CHECK:-0}" ;;
     *)
         mkdir -p "$PLAY/run/checkpoints"
@@ -101,6 +101,15 @@ def test_what_becomes_of_each_end(
     assert done.stderr.count("error: ") == (status != 0)
 
 
+@pytest.mark.parametrize(("of_srun", "status"), [(2, 2), (1, 1), (127, 1)])
+def test_a_recipe_that_is_not_read_ends_the_job(play: Path, of_srun: int, status: int) -> None:
+    """Status 2 is the user's mistake alone: srun, the container or the interpreter may be missing as well."""
+    done = start(play, READ=of_srun)
+    assert done.returncode == status
+    assert "error: recipe.yaml cannot run on 16 processes, see above" in done.stderr
+    assert "xdlm_megatron train" not in calls(play)
+
+
 def test_starts_that_save_nothing_end(play: Path) -> None:
     """A fault that returns at once is not requeued for ever; a save in between begins the count anew."""
     lost = {"OUTCOME": "lost: step 6", "STATUS": 1}
@@ -158,6 +167,18 @@ def test_containers(play: Path) -> None:
     assert calls(play).count(f"{flags} --container-mounts={play}:{play},/data:/data") == 3
     start(play, **end, XDLM_CONTAINER="xdlm.sif")
     assert calls(play).count(f" apptainer exec --nv --bind {play},/data:/data xdlm.sif ") == 3
+
+
+def test_the_interpreter_of_a_container_is_its_own(play: Path) -> None:
+    python = play / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    end = {"OUTCOME": "finished at step 10", "XDLM_PYTHON": ""}
+    start(play, **end)
+    assert calls(play).count(f" {python} ") == 3
+    start(play, **end, XDLM_CONTAINER="xdlm.sif")
+    assert str(python) not in calls(play)
+    assert calls(play).count(" python3 ") == 3
 
 
 def test_the_check_alone_is_in_the_container_too(play: Path) -> None:

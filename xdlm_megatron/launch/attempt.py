@@ -56,7 +56,7 @@ class SweepFolder:
 class Attempt:
     """Trains one run by what `command` gives, unless it is finished or claimed.
 
-    waits: for as long as another process has the claim; then it goes on from where that one got.
+    patience: seconds to wait for another process's claim; then it goes on from where that one got.
     """
 
     def __init__(
@@ -65,12 +65,12 @@ class Attempt:
         name: str,
         command: Callable[[], Sequence[str]],
         environment: Mapping[str, str],
-        waits: bool,
+        patience: float,
     ) -> None:
-        self.sweep, self.name, self.waits = sweep, name, waits
+        self.sweep, self.name, self.patience = sweep, name, patience
         self._command, self._environment = command, dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
-        self._asked = False
+        self._asked = 0  # the signal to pass on
 
     def __call__(self) -> int:
         """The exit status of training; TAKEN where there was nothing to do."""
@@ -84,15 +84,16 @@ class Attempt:
 
     def stop(self, signal_number: int) -> None:
         """Passes a signal on to training, which saves and ends. From a handler, or another thread."""
-        self._asked = True
+        self._asked = signal_number
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 os.kill(self._process.pid, signal_number)  # Popen.send_signal would take what wait4 waits for
 
     def _claim(self) -> int | None:
+        deadline = time.monotonic() + self.patience
         while True:
             claim = take_claim(self.sweep.claim(self.name))
-            if claim is not None or not self.waits or self._asked:
+            if claim is not None or self._asked or time.monotonic() > deadline:
                 return claim
             time.sleep(_POLL_SECONDS)
 
@@ -110,6 +111,8 @@ class Attempt:
                 start_new_session=True,  # Ctrl-C is for the sweep, which passes it on
                 pass_fds=[claim],
             )
+            if self._asked:  # while it was being started
+                self.stop(self._asked)
             _, status, usage = os.wait4(self._process.pid, 0)
         code = self._process.returncode = os.waitstatus_to_exitcode(status)
         used = {"seconds": time.time() - started, "cpu_seconds": usage.ru_utime + usage.ru_stime}

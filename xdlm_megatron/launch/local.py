@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -50,7 +51,7 @@ class LocalRuns:
 
     def _run(self, name: str) -> int:
         attempt = self._active[name] = Attempt(
-            self.sweep, name, lambda: self._command(name), _ENVIRONMENT, waits=True
+            self.sweep, name, lambda: self._command(name), _ENVIRONMENT, patience=math.inf
         )
         try:
             status = TAKEN if self._halted else attempt()

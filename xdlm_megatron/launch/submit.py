@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from xdlm_megatron.launch.attempt import DONE, TAKEN, Attempt, SweepFolder
 
 BODY = Path("slurm/run_recipe.sh")
 SIGNAL_SECONDS = 600  # between the signal to save and the time limit, as in slurm/pretrain_*.sh
+# Asking how a run stands takes its claim for an instant; a file server holds a lost node's for longer.
+CLAIM_SECONDS = 120.0
 LARGEST_ARRAY = 1000  # Slurm's MaxArraySize is 1001 unless the site has changed it
 
 
@@ -94,6 +97,8 @@ def submitting(folder: SweepFolder) -> Iterator[None]:
 def submit(folder: SweepFolder, runs: Sequence[str], resources: Resources, max_jobs: int) -> list[str]:
     """Submits the runs, at most `max_jobs` at a time; returns the ids of the array jobs. In `submitting`."""
     submitit = _import_submitit()
+    if shutil.which("srun") is None:
+        raise SubmitError("srun: no such program; is this a Slurm cluster? --local N runs here")
     if not BODY.exists():
         raise SubmitError(f"{BODY} is not here; call sweep from the root of the repository")
     jobs = []
@@ -124,9 +129,11 @@ def submit(folder: SweepFolder, runs: Sequence[str], resources: Resources, max_j
 def run_in_job(folder: str, name: str) -> None:
     """What a job does: trains one run by slurm/run_recipe.sh, and ends with its exit status."""
     sweep = SweepFolder(Path(folder))
-    environment = {"XDLM_PYTHON": os.environ.get("XDLM_PYTHON", sys.executable)}
+    ours = (
+        {} if os.environ.get("XDLM_CONTAINER") else {"XDLM_PYTHON": sys.executable}
+    )  # a container has its own
     command = [str(BODY), str(sweep.recipe(name))]
-    attempt = Attempt(sweep, name, lambda: command, environment, waits=False)
+    attempt = Attempt(sweep, name, lambda: command, ours | dict(os.environ), CLAIM_SECONDS)
     for number in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, lambda *_: attempt.stop(signal.SIGUSR1))
     signal.signal(signal.SIGTERM, lambda *_: attempt.stop(signal.SIGTERM))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from xdlm_megatron.launch import submit
-from xdlm_megatron.launch.attempt import SweepFolder
+from xdlm_megatron.launch.attempt import DONE, SweepFolder
 from xdlm_megatron.launch.submit import Resources, SubmitError, active_runs, share, submitting
 
 
@@ -62,6 +65,33 @@ def test_no_slurm_is_told_in_a_line(folder: SweepFolder, monkeypatch: pytest.Mon
     monkeypatch.setenv("PATH", str(folder.folder))
     with pytest.raises(SubmitError, match=r"^squeue: no such program; .* --local N runs here$"):
         active_runs(folder)
+
+
+def test_submitting_without_slurm_is_told_and_leaves_no_note(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A note would make the next call, --local too, ask Slurm about it."""
+    monkeypatch.setattr(submit, "_import_submitit", lambda: None)
+    monkeypatch.setenv("PATH", str(folder.folder))
+    with pytest.raises(SubmitError, match=r"^srun: no such program; .* --local N runs here$"):
+        submit.submit(folder, ["x"], Resources(1, 1, False, 9, ()), 1)
+    assert active_runs(folder) == {}
+
+
+def test_a_job_trains_by_the_sweeps_interpreter_or_the_containers(
+    folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Mapping[str, str]] = []
+    monkeypatch.setattr(submit, "Attempt", lambda *a: given.append(a[3]) or (lambda: DONE))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.delenv("XDLM_PYTHON", raising=False)
+    monkeypatch.delenv("XDLM_CONTAINER", raising=False)
+    submit.run_in_job(str(folder.folder), "x")
+    monkeypatch.setenv("XDLM_CONTAINER", "xdlm.sif")
+    submit.run_in_job(str(folder.folder), "x")
+    monkeypatch.setenv("XDLM_PYTHON", "python3.12")
+    submit.run_in_job(str(folder.folder), "x")
+    assert [environment.get("XDLM_PYTHON") for environment in given] == [sys.executable, None, "python3.12"]
 
 
 @pytest.mark.parametrize(
