@@ -14,9 +14,15 @@ from pydantic import TypeAdapter
 from xdlm_megatron.config.schema import Sampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
+from xdlm_megatron.diffusion.nucleus_draw import draw_tokens
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Prediction, most_probable
+from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.schedule import LogLinear
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Counters
+from xdlm_megatron.kernels.build import find_cxx
+from xdlm_megatron.kernels.library import load_host
+from xdlm_megatron.kernels.posterior import posterior_draw
 from xdlm_megatron.samplers import sample
 
 WORLD = 4
@@ -68,6 +74,22 @@ def draws(rank, tp, group):
     return torch.cat(found)
 
 
+def kernel_draws(rank, tp, group, twin=False):
+    """Ids, keys and x of z_t by the kernels on the host: of all of p, and of nuclei by surveys."""
+    draw = REFERENCE_DRAW if twin else posterior_draw(load_host())
+    logits, zt, noise = case(*SHAPES[0], torch.bfloat16, distinct=24)
+    P = logits.shape[1] // tp
+    rows = torch.arange(len(logits))
+    counters = Counters((5, Stream.SAMPLE_STEP), 2, rows, rows)
+    found = []
+    for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (0.7, 0.5)):
+        shard = logits[:, rank * P : (rank + 1) * P].contiguous()
+        named = (shard, rows, zt[0, : len(rows)], counters, Shard(noise, rank * P))
+        key, ids, x = draw_tokens(draw, *named, temperature, top_p, group)
+        found += [ids.double()] if twin else [ids.double(), key, x]
+    return torch.stack(found)
+
+
 class ShardedTable(Prediction):
     """Logits of each id, a rank's columns of them."""
 
@@ -115,6 +137,11 @@ def run_rank(rank, folder):
         assert len(want) > 1e5
         assert torch.equal(draws(rank % 2, 2, pairs[rank // 2]), want)
         assert torch.equal(draws(rank, 4, dist.group.WORLD), want)
+        if find_cxx() is not None:
+            drawn = kernel_draws(0, 1, None)
+            assert torch.equal(kernel_draws(0, 1, None, twin=True), drawn[::3])
+            assert torch.equal(kernel_draws(rank % 2, 2, pairs[rank // 2]), drawn)
+            assert torch.equal(kernel_draws(rank, 4, dist.group.WORLD), drawn)
         sampled = samples(0, 1, None)
         assert torch.equal(samples(rank % 2, 2, pairs[rank // 2]), sampled)
         assert torch.equal(samples(rank, 4, dist.group.WORLD), sampled)
@@ -129,4 +156,6 @@ def run_rank(rank, folder):
 @pytest.mark.distributed
 def test_every_split_of_the_vocabulary_draws_the_same_ids(tmp_path, monkeypatch):
     monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
+    if find_cxx() is not None:
+        load_host()  # builds it once
     mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
