@@ -96,6 +96,9 @@ def _fp8_shapes(config: RunConfig) -> Iterator[str]:
     tp, cp = config.parallel.tensor_model_parallel_size, config.parallel.context_parallel_size
     over_tp = f" over parallel.tensor_model_parallel_size={tp}" if tp > 1 else ""
     over_cp = f" over parallel.context_parallel_size={cp}" if cp > 1 else ""
+    slices = cp
+    if config.parallel.sequence_parallel:  # a rank's own slice is checked and rounded before it is gathered
+        slices, over_cp = cp * tp, f"{over_cp}{over_tp} with parallel.sequence_parallel=true"
     query, qkv = model.num_attention_heads * head, (model.num_attention_heads + 2 * groups) * head
     of_heads = f"model.num_attention_heads={model.num_attention_heads} of width {head}, in all"
     for name, size, unit in (
@@ -103,7 +106,7 @@ def _fp8_shapes(config: RunConfig) -> Iterator[str]:
         (f"model.ffn_hidden_size={model.ffn_hidden_size}{over_tp}", model.ffn_hidden_size, multiple * tp),
         (f"{of_heads} {query}{over_tp},", query, multiple * tp),
         (f"{of_heads} {qkv} with keys and values{over_tp},", qkv, multiple * tp),
-        (f"data.seq_length={config.data.seq_length}{over_cp}", config.data.seq_length, multiple * cp),
+        (f"data.seq_length={config.data.seq_length}{over_cp}", config.data.seq_length, multiple * slices),
     ):
         if size % unit:
             yield f"{name} must be a multiple {why}; nearest: {_nearest(size, unit)}"

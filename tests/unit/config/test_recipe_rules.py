@@ -253,6 +253,21 @@ CONTRADICTIONS = [
         id="sequence in FP8 over slices",
     ),
     pytest.param(
+        FP8
+        | {
+            "data.seq_length": 48,
+            "parallel.tensor_model_parallel_size": 2,
+            "parallel.sequence_parallel": True,
+        },
+        [
+            "data.seq_length=48 over parallel.tensor_model_parallel_size=2 with parallel.sequence_parallel=true",
+            "multiple of 16",
+            "32 or 64",
+        ],
+        {"data.seq_length": 64},
+        id="sequence in FP8 over sequence-parallel ranks",
+    ),
+    pytest.param(
         FP8 | {"model.transformer_impl": "local"},
         ["precision.fp8=hybrid", "model.transformer_impl=local"],
         {"model.transformer_impl": "auto"},
