@@ -47,10 +47,12 @@ RUN python3 -m venv /opt/xdlm
 ENV PATH=/opt/xdlm/bin:${PATH}
 WORKDIR /src
 COPY constraints/gpu.txt constraints/gpu.txt
-RUN python -m pip install --no-cache-dir --constraint constraints/gpu.txt torch numpy "setuptools<82" wheel ninja
-# A tag can be moved, a commit cannot. nvcc's version must be that of torch's CUDA, as it is in this base.
+RUN python -m pip install --no-cache-dir --constraint constraints/gpu.txt torch numpy "setuptools<82" wheel ninja packaging
+# A tag can be moved, a commit cannot. nvcc's version must be that of torch's CUDA, as it is in this base. The tag
+# names Volta whatever the list of architectures says, and CUDA 13 has none older than Turing.
 RUN git clone --quiet --branch "${APEX_TAG}" --depth 1 https://github.com/NVIDIA/apex /src/apex \
   && test "$(git -C /src/apex rev-parse HEAD)" = "${APEX_COMMIT}" \
+  && sed --in-place 's/compute_70,code=sm_70/compute_75,code=sm_75/' /src/apex/setup.py \
   && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 python -m pip install --no-cache-dir --no-deps --no-build-isolation /src/apex \
   && python -c "import torch, amp_C, fused_weight_gradient_mlp_cuda"
 COPY tools/build_te_extension.sh tools/build_te_extension.sh

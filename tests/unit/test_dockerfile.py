@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_the_light_lines_of_the_gpu_image(context: Path, name: str) -> None:
     stage = dataclasses.replace(STAGES[name], instructions=light)
     printed = carry_out(stage, context, {})
     assert printed.count("RUN ") == sum(not is_left_out(run) for run in stage.of("RUN"))
+
+
+def test_apex_is_not_compiled_for_gpus_that_cuda_13_lacks(tmp_path: Path) -> None:
+    """By the line that edits its setup.py, on what the tag has there."""
+    (run,) = [run for run in STAGES["build"].of("RUN") if "git clone" in run]
+    (edit,) = re.findall(r"sed .*?/src/apex/setup\.py", run)
+    (tmp_path / "setup.py").write_text('cc_flag.append("arch=compute_70,code=sm_70")\n')
+    subprocess.run(["bash", "-c", edit.replace("/src/apex", str(tmp_path))], check=True)
+    assert (tmp_path / "setup.py").read_text() == 'cc_flag.append("arch=compute_75,code=sm_75")\n'
 
 
 def test_every_exception_is_one() -> None:

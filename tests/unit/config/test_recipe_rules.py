@@ -260,7 +260,7 @@ CONTRADICTIONS = [
             "parallel.sequence_parallel": True,
         },
         [
-            "data.seq_length=48 over parallel.tensor_model_parallel_size=2 with parallel.sequence_parallel=true",
+            "data.seq_length=48 over parallel.tensor_model_parallel_size=2 with parallel.sequence_parallel",
             "multiple of 16",
             "32 or 64",
         ],
