@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron.launch.progress import is_finished
+from xdlm_megatron.tracking.store import NO_LOCKS
 
 DONE, FAILED, USER_ERROR, REQUEUE = 0, 1, 2, 75  # exit statuses of training (__main__.py)
 TAKEN = -1000  # no exit status: finished before, or somebody else is at it
@@ -128,7 +129,8 @@ class Attempt:
 def take_claim(path: Path) -> int | None:
     """A file descriptor that holds the claim until it and its copies in other processes are closed.
 
-    None: somebody else holds it. Works between machines where the file system's locks do.
+    None: somebody else holds it. Works between machines where the file system's locks do; where it has none,
+    Slurm's queue alone keeps runs apart.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
@@ -136,6 +138,9 @@ def take_claim(path: Path) -> int | None:
     except BlockingIOError:
         os.close(file)
         return None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return file
 
 

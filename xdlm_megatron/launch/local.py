@@ -26,7 +26,6 @@ class LocalRuns:
 
     def __init__(self, sweep: SweepFolder, processes: Mapping[str, int], at_once: int) -> None:
         self.sweep, self.processes, self.at_once = sweep, processes, at_once
-        self.asked = False  # to stop
         self._halted = False
         self._active: dict[str, Attempt] = {}
 
@@ -45,7 +44,7 @@ class LocalRuns:
 
     def _ask_to_stop(self, number: int, frame: types.FrameType | None) -> None:
         """What trains saves and ends; nothing more is started."""
-        self.asked = self._halted = True
+        self._halted = True
         for attempt in list(self._active.values()):
             attempt.stop(signal.SIGTERM)
 

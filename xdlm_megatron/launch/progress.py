@@ -34,8 +34,3 @@ def last_records(folder: Path) -> list[dict[str, Any]]:
     return [
         json.loads(line) for line in lines[int(cut) : -1]
     ]  # behind the last newline: half a line, or none
-
-
-def last_step(folder: Path) -> int:
-    records = last_records(folder)
-    return int(records[-1]["step"]) if records else 0

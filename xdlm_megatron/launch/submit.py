@@ -7,7 +7,6 @@ was killed in between: that job is cancelled before its runs are submitted again
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shlex
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron.launch.attempt import DONE, TAKEN, Attempt, SweepFolder
+from xdlm_megatron.tracking.store import locked
 
 BODY = Path("slurm/run_recipe.sh")
 SIGNAL_SECONDS = 600  # between the signal to save and the time limit, as in slurm/pretrain_*.sh
@@ -85,8 +85,7 @@ def active_runs(folder: SweepFolder) -> dict[str, str]:
 @contextmanager
 def submitting(folder: SweepFolder) -> Iterator[None]:
     """One at a time decides what is missing and submits it. Cancels jobs of whoever was killed at that."""
-    with (folder.own / "submit.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(folder.own / "submit.lock"):
         for submission in _submissions(folder):
             if submission.job is None:
                 _slurm("scancel", "--full", "--name", submission.id)

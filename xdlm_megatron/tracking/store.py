@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SQLITE_TIMEOUT_SECONDS = 60
+NO_LOCKS = (ENOLCK, ENOSYS, EOPNOTSUPP)  # errors of a file system that has none
 
 # A dead server must be an error at once (MLflow's own retries take 247 s); the file survives the outage.
 CLIENT_ENVIRONMENT = {
@@ -92,6 +93,6 @@ def locked(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            if error.errno not in (ENOLCK, ENOSYS, EOPNOTSUPP):
+            if error.errno not in NO_LOCKS:
                 raise
         yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from xdlm_megatron.launch.attempt import TAKEN, Attempt, SweepFolder, take_claim
+from xdlm_megatron.launch.attempt import TAKEN, Attempt, SweepFolder, is_claimed, take_claim
 
 
 @pytest.fixture
@@ -38,6 +40,18 @@ def test_a_claim_that_stays_is_another_trainers(sweep: SweepFolder) -> None:
     assert claim is not None
     assert Attempt(sweep, "a", lambda: pytest.fail("trained"), {}, patience=0)() == TAKEN
     os.close(claim)
+
+
+def test_a_file_system_without_locks_has_no_claims(
+    sweep: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert not is_claimed(sweep.claim("a"))
+    assert Attempt(sweep, "a", lambda: ["true"], {}, patience=0)() == 0
+    assert not is_claimed(sweep.claim("a"))
 
 
 def test_a_signal_while_training_is_being_started_reaches_it(sweep: SweepFolder) -> None:
