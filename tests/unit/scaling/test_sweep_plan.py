@@ -11,6 +11,7 @@ from tests.unit.scaling.sweep_file import write_sweep
 from xdlm_megatron.__main__ import main
 from xdlm_megatron.config.derive import flops_per_token
 from xdlm_megatron.config.load import ConfigError, dump_recipe, load_recipe
+from xdlm_megatron.scaling.collect import collect_table
 from xdlm_megatron.scaling.ladder import LADDER
 from xdlm_megatron.scaling.sweep import load_sweep
 
@@ -109,6 +110,17 @@ def test_the_laptops_ladder_gives_valleys() -> None:
     complete = Counter(ratio for (_, ratio), count in budgets.items() if count == 4)
     assert set(complete) == {0, 0.1, 1}
     assert min(complete.values()) >= 4
+
+
+def test_the_committed_results_are_of_the_laptops_ladder() -> None:
+    plan = {point.name: point for point in load_sweep(EXAMPLES / "ladder_laptop.yaml").points}
+    committed = collect_table(EXAMPLES.parent / "benchmarks/results/ladder/points.csv")
+    assert not committed.skipped
+    for row in committed.points:
+        point = plan[row.run]
+        assert (row.params, row.tokens) == (point.figures.num_parameters, point.figures.total_tokens)
+        assert row.flops == pytest.approx(point.flops, rel=1e-5)
+        assert row.uniform_ratio == point.config.diffusion.uniform_ratio
 
 
 def test_a_recipe_is_no_sweep() -> None:
