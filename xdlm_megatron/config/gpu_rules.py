@@ -131,6 +131,11 @@ def _engine_knobs(config: RunConfig) -> Iterator[str]:
             "model.mcore.tp_comm_overlap=true overlaps the messages of "
             "parallel.sequence_parallel=true, which is false; set that, or remove it"
         )
+    if bool(model.mcore.get("cpu_offloading")) != bool(model.mcore.get("cpu_offloading_num_layers")):
+        yield (
+            "model.mcore.cpu_offloading=true and cpu_offloading_num_layers of 1 or more have no effect "
+            "without each other; set both, or remove both"
+        )
     if model.mcore.get("cpu_offloading"):
         for name, on in (
             ("model.mcore.recompute_granularity", model.mcore.get("recompute_granularity") is not None),

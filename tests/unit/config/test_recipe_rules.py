@@ -21,6 +21,7 @@ from xdlm_megatron.config.load import ConfigError, build_config
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
 FP8 = {"precision.fp8": "hybrid", "precision.dtype": "bfloat16"}
+OFFLOAD = {"cpu_offloading": True, "cpu_offloading_num_layers": 1}
 GRAPHS = {"model.mcore": {"cuda_graph_impl": "local"}}
 WSD = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 11}
 
@@ -302,10 +303,16 @@ CONTRADICTIONS = [
         id="overlapped gather alone",
     ),
     pytest.param(
-        {"model.mcore": {"cpu_offloading": True, "recompute_granularity": "full"}},
+        {"model.mcore": OFFLOAD | {"recompute_granularity": "full"}},
         ["model.mcore.cpu_offloading=true", "model.mcore.recompute_granularity"],
-        {"model.mcore": {"cpu_offloading": True}},
+        {"model.mcore": OFFLOAD},
         id="activations put away and computed again",
+    ),
+    pytest.param(
+        {"model.mcore": {"cpu_offloading": True}},
+        ["model.mcore.cpu_offloading=true", "cpu_offloading_num_layers of 1 or more", "set both"],
+        {"model.mcore": OFFLOAD},
+        id="no layer's activations put away",
     ),
     pytest.param(
         {"model.mcore": {"cuda_graph_impl": "transformer_engine"}},

@@ -170,7 +170,14 @@ def test_a_growing_batch_divides_at_every_size(eight: Path, capfd: pytest.Captur
                 "model.mcore.recompute_num_layers=4 is planned as recompute full",
             ],
         ),
-        ("{cpu_offloading: true}", "none", ["model.mcore.cpu_offloading=True is not priced"]),
+        (
+            "{cpu_offloading: true, cpu_offloading_num_layers: 1}",
+            "none",
+            [
+                "model.mcore.cpu_offloading=True is not priced",
+                "model.mcore.cpu_offloading_num_layers=1 is not priced",
+            ],
+        ),
     ],
 )
 def test_fields_of_megatron_are_planned_or_named(

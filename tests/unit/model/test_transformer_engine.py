@@ -160,7 +160,7 @@ def keywords_of(name: str) -> set[str]:
     ("name", "passed"),
     [
         ("FusedAdam", {"params", "lr", "weight_decay", "betas", "eps", "adam_w_mode"}),
-        ("initialize_ub", {"shape", "tp_size", "use_fp8", "ub_cfgs", "bootstrap_backend"}),
+        ("initialize_ub", {"shape", "tp_size", "quantization_modes", "bootstrap_backend"}),
         ("fp8_autocast", {"enabled", "fp8_recipe", "fp8_group"}),
         ("fp8_model_init", {"enabled", "recipe", "preserve_high_precision_init_val"}),
         ("cast_master_weights_to_fp8", {"manual_post_all_gather_processing"}),

@@ -45,7 +45,7 @@ def test_pytorch_computes_all_and_a_line_says_so(impl: str) -> None:
             r"precision\.fp8=e4m3 needs .*set precision\.fp8=null",
         ),
         (
-            {"model": {"mcore": {"cpu_offloading": True}}},
+            {"model": {"mcore": {"cpu_offloading": True, "cpu_offloading_num_layers": 1}}},
             "cpu_offloading=true needs Transformer Engine.*remove it",
         ),
         ({"model": {"mcore": {"tp_comm_overlap": True}}, **SPLIT}, "tp_comm_overlap=true needs .*remove it"),
