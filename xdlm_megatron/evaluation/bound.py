@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xdlm_megatron.config.schema import AncestralSampler
 from xdlm_megatron.data.batch import Batch
 from xdlm_megatron.diffusion.nelbo import prior_kl
 from xdlm_megatron.evaluation.nelbo import (
@@ -110,7 +111,8 @@ class BoundEvaluator:
         tokens_R = rows["tokens_per_sequence"]
         discrete = None
         if self.discrete_steps is not None:
-            chain = sampling_chain(samples.schedule, noise, self.discrete_steps)
+            t_end = getattr(self.nelbo.config.sampling, "t_end", AncestralSampler.t_end)
+            chain = sampling_chain(samples.schedule, noise, self.discrete_steps, t_end)
             prior = 0.0 if noise.uniform_ratio == 0 else float(prior_kl(chain.alphas_K[0], noise))
             steps_R = {"prior": prior * tokens_R, "steps": terms.steps(chain)}
             discrete = self._bound(steps_R, tokens_R, self.discrete_steps)

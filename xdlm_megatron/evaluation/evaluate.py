@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,9 @@ def evaluate(
 
 
 def _scored_ids(evaluator: NelboEvaluator) -> np.ndarray:
-    """The ids that the evaluation scores, of this process's positions."""
-    clean = evaluator.samples.clean(np.arange(evaluator.num_sequences))
+    """The ids that the evaluation scores, whichever of their positions this process holds."""
+    whole = replace(evaluator.samples, positions=slice(None))
+    clean = whole.clean(np.arange(evaluator.num_sequences))
     return clean.x0_BS[clean.scored_BS].cpu().numpy()
 
 
