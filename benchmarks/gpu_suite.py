@@ -58,7 +58,7 @@ PARTS = (
         "benchmarks/kernel_posterior.py --vocabularies 131072 --dtypes bfloat16",
         45,
         90,
-        "--tokens 16 --batch 2 --vocabularies 256 --repeats 1",
+        "--tokens 256 --batch 2 --vocabularies 1024 --repeats 1",
     ),
     Part(
         "sampling",

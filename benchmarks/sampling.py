@@ -75,7 +75,7 @@ def sample_dense(model: torch.nn.Module, args: argparse.Namespace, noise: Statio
     alphas = LogLinear().alpha(torch.linspace(1, 1e-5, args.steps + 1, dtype=torch.float64)).tolist()
     for alpha_t, alpha_s in pairwise([*alphas, 1.0]):
         logits = model(zt).transpose(0, 1)[..., : noise.vocab_size]
-        zt = dense_step(logits, zt, alpha_s, alpha_t, noise)
+        zt = dense_step(logits, zt, alpha_s, alpha_t, 1.0, noise)
     return zt
 
 

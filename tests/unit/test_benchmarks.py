@@ -66,6 +66,15 @@ def test_steps_of_an_outage_are_those_within_its_span() -> None:
     assert outage.steps_within(times, [(10.0, 10.6), (11.5, 13.0)]) == {2: 0.5, 4: 0.5, 7: 1.0}
 
 
+@needs_peak
+@pytest.mark.parametrize("impl", ["dense", "ours"])
+def test_both_ways_of_sampling(impl: str) -> None:
+    sampling = importlib.import_module("sampling")
+    sizes = {"layers": 1, "hidden": 16, "vocab": 256, "tokens": 16, "batch": 2, "steps": 2}
+    row = sampling.measure(argparse.Namespace(**sizes, threads=1, dtype="float32", impl=impl))
+    assert row["seconds"] > 0
+
+
 @pytest.mark.parametrize("name", ["kernel_nelbo", "kernel_posterior", "loss_reference", "sampling"])
 def test_it_imports(name: str) -> None:
     assert importlib.import_module(name).measure
