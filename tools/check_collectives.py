@@ -37,10 +37,10 @@ def main() -> int:
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     try:
         store = meet(rank, world_size, options.seconds)
+        missing = absent(store, rank, world_size, options.seconds)
     except (dist.DistError, RuntimeError) as error:
         print(f"check_collectives: error: process {rank} on {socket.gethostname()}: {error}", file=sys.stderr)
         return 1
-    missing = absent(store, rank, world_size, options.seconds)
     if missing:
         if rank == 0:
             print(f"check_collectives: error: no answer from process {missing}", file=sys.stderr)
@@ -63,7 +63,9 @@ def meet(rank: int, world_size: int, seconds: float) -> dist.TCPStore:
 
 
 def absent(store: dist.TCPStore, rank: int, world_size: int, seconds: float) -> str:
-    """The processes that did not come, as "3, 4": the first one waits for them, the others for its word."""
+    """The processes that did not come, as "3, 4": the first one waits for them, the others for its word, and
+    it for those: the store ends with it.
+    """
     if rank == 0:
         here: list[bool] = []
         deadline = time.monotonic() + seconds
@@ -72,9 +74,15 @@ def absent(store: dist.TCPStore, rank: int, world_size: int, seconds: float) -> 
             if all(here):
                 break
             time.sleep(0.1)
-        store.set("missing", ", ".join(str(other) for other, came in enumerate(here) if not came))
+        missing = ", ".join(str(other) for other, came in enumerate(here) if not came)
+        store.set("missing", missing)
+        for told in (f"told/{other}" for other, came in enumerate(here) if came and other):
+            store.wait([told], datetime.timedelta(seconds=seconds))
+        return missing
     store.wait(["missing"], datetime.timedelta(seconds=2 * seconds))
-    return store.get("missing").decode()
+    missing = store.get("missing").decode()
+    store.set(f"told/{rank}", "")
+    return missing
 
 
 def measure(store: dist.TCPStore, rank: int, world_size: int, options: argparse.Namespace) -> int:
