@@ -303,10 +303,10 @@ CASES: dict[str, tuple[Change, list[str], list[str]]] = {
     "prompt too long": (
         NOTHING,
         [*SAMPLE, "--prompt", "to be " * 99],
-        ["data.seq_length is 32", "; shorten it"],
+        ["data.seq_length is 32", "; shorten them"],
     ),
     "no steps": (NOTHING, [*SAMPLE, "--steps", "0"], ["--steps", "at least 1", "'0'"]),
-    "negative heat": (NOTHING, [*SAMPLE, "--temperature", "-1"], ["--temperature", "above 0", "'-1'"]),
+    "negative heat": (NOTHING, [*SAMPLE, "--temperature", "-1"], ["--temperature", "at least 0", "'-1'"]),
     # tools
     "no input": (
         NOTHING,
