@@ -107,7 +107,7 @@ def fusing_pays(tokens: int, P: int, noise: StationaryNoise, device_type: str) -
     """Whether head_nelbo is the better way for so many tokens and columns.
 
     At k = 0 it is, for unmasked tokens skip the head. Else it saves memory where the logits are more than one
-    chunk, in 1.01 times the CPU time in bfloat16 (benchmarks/results/cpu/head_loss_bfloat16.md); where
+    chunk, in 1.09 times the CPU time in bfloat16 (benchmarks/results/cpu/head_loss_bfloat16.md); where
     they are not there is nothing to save.
     """
     return noise.uniform_ratio == 0 or tokens * P > CHUNK_ELEMENTS.get(device_type, 1 << 27)
