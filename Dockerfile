@@ -14,9 +14,9 @@ COPY setup.py pyproject.toml README.md ./
 COPY constraints constraints
 COPY xdlm_megatron xdlm_megatron
 RUN XDLM_BUILD_KERNELS=0 python -m pip install --no-cache-dir --constraint constraints/cpu.txt .
-RUN useradd --create-home --uid 10001 xdlm && install --directory --owner xdlm /work
+RUN useradd --create-home --uid 10001 xdlm && install --directory --owner xdlm /xdlm
 USER 10001
-WORKDIR /work
+WORKDIR /xdlm
 COPY --chown=xdlm tools tools
 COPY --chown=xdlm examples examples
 HEALTHCHECK --interval=5m --timeout=1m \
@@ -67,12 +67,12 @@ FROM ${CUDA_IMAGE} AS gpu
 # gcc and Python's headers: Triton compiles its launchers with them.
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev make python3 python3-dev \
   && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 10001 xdlm && install --directory --owner xdlm /work
+RUN useradd --create-home --uid 10001 xdlm && install --directory --owner xdlm /xdlm
 COPY --from=build /opt/xdlm /opt/xdlm
 ENV PATH=/opt/xdlm/bin:${PATH}
 USER 10001
 # Without the package's sources, so that Python finds the installed one, whose kernels are compiled.
-WORKDIR /work
+WORKDIR /xdlm
 COPY --chown=xdlm Makefile pyproject.toml ./
 COPY --chown=xdlm tools tools
 COPY --chown=xdlm examples examples

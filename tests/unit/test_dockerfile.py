@@ -54,11 +54,11 @@ def carry_out(stage: Stage, context: Path, arguments: dict[str, str], after: str
 @needs_overlay
 def test_the_cpu_image(context: Path) -> None:
     """Its package is installed with the pinned versions, and its health check passes as its user."""
-    where = "\ncd /work; python -c 'import xdlm_megatron; print(\"AT\", xdlm_megatron.__file__)'"
+    where = "\ncd /xdlm; python -c 'import xdlm_megatron; print(\"AT\", xdlm_megatron.__file__)'"
     printed = carry_out(STAGES["cpu"], context, {"PIP_EXTRA_INDEX_URL": ""}, where)
     assert "site-packages/xdlm_megatron/__init__.py" in printed.split("AT ")[1]
     assert "num_parameters" in printed  # of show-config
-    assert not Path("/work/examples").exists()  # nothing of it stayed
+    assert not Path("/xdlm/examples").exists()  # nothing of it stayed
 
 
 @needs_overlay
