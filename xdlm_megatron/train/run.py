@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
 
@@ -27,7 +28,8 @@ from xdlm_megatron.config.load import ConfigError, to_tree
 from xdlm_megatron.config.record import last_start, run_params, run_tags
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_train_samples
-from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
+from xdlm_megatron.evaluation.bound import BoundEvaluator, TimedObjective
+from xdlm_megatron.evaluation.nelbo import build_evaluator
 from xdlm_megatron.kernels.dispatch import Kernels
 from xdlm_megatron.model.build import build_model, forget_training, unwrap, wrap_for_training
 from xdlm_megatron.model.layer_spec import who_computes
@@ -78,7 +80,7 @@ class Run:
     folder: Path
     chunks: list[MegatronModule]
     step: TrainStep
-    evaluator: NelboEvaluator | None
+    evaluator: BoundEvaluator | None
     kernels: Kernels
 
     def state_to_save(self, state: TrainState) -> dict:
@@ -163,10 +165,12 @@ def build_run(config: RunConfig, mesh: Mesh) -> Run:
     derived = derive(config, mesh.world_size)
     samples = build_train_samples(config, mesh.device, mesh.sequence_slice(config.data.seq_length))
     kernels = choose_kernels_together(config.train.kernels, mesh)
-    objective = Objective(samples.noise, mesh, fuse_head=head_fusion(config), ops=kernels.row_ops)
+    how: dict[str, Any] = {"fuse_head": head_fusion(config), "ops": kernels.row_ops}
+    objective = Objective(samples.noise, mesh, **how)
     evaluator = None
     if config.data.valid_prefix is not None:
-        evaluator = build_evaluator(config, mesh, objective)
+        timed = TimedObjective(samples.noise, mesh, t_min=config.diffusion.t_min, **how)
+        evaluator = BoundEvaluator(build_evaluator(config, mesh, timed))
     chunks = wrap_for_training(
         build_model(config, mesh),
         config.optimizer.use_distributed_optimizer,

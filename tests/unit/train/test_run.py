@@ -313,8 +313,13 @@ def test_restored_weights_are_those_of_the_run(finished: RunConfig, use_ema: boo
         assert all(torch.equal(p, wanted) for p, wanted in zip(restored, expected, strict=True))
         assert any(not torch.equal(p, unwanted) for p, unwanted in zip(restored, other, strict=True))
         # What the run logged was measured on the averages.
+        found = run.evaluator(chunks)
         (logged,) = series(finished, "eval/valid/nelbo_per_token")
-        assert (run.evaluator(chunks).nelbo_per_token == logged) == use_ema
+        assert (found.window.nelbo_per_token == logged) == use_ema
+        (logged,) = series(finished, "eval/valid/bound/nats_per_token")
+        assert (found.bound.total.mean == logged) == use_ema
+        parts = sum(part.mean for part in found.bound.parts.values())
+        assert found.bound.total.mean == pytest.approx(parts, rel=1e-12)
 
 
 def test_restoring_another_model_is_refused(finished: RunConfig, tiny_recipe: dict, tmp_path: Path) -> None:
