@@ -28,6 +28,7 @@ VARIANTS = {
     "confidence": {"kind": "confidence", "num_steps": 4},
     "refine": {"kind": "refine", "num_steps": 6},
     "remdm": {"kind": "remdm", "num_steps": 6, "strategy": "conf", "eta": 1.0},
+    "remdm_loop": {"kind": "remdm_loop", "num_steps": 6, "eta": 0.5},
     "saber": {"kind": "saber", "block_size": 8},
     "saber-paper": {"kind": "saber", "variant": "paper", "temperature": 0.8, "top_p": 0.9},
 }

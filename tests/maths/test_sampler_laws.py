@@ -18,6 +18,7 @@ from xdlm_megatron.config.schema import (
     AncestralSampler,
     ConfidenceSampler,
     RefineSampler,
+    RemdmLoopSampler,
     RemdmSampler,
     SaberSampler,
 )
@@ -239,6 +240,46 @@ def test_remdm(strategy):
     grid = SCHEDULE.alpha(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)).tolist()
     law = follow((START, (0.0,) * S), [lambda s, a=a: step(s, *a) for a in pairwise(grid)])
     assert_ends(RemdmSampler(kind="remdm", num_steps=num_steps, strategy=strategy, eta=eta), forget(law))
+
+
+def test_remdm_loop():
+    """The loop of ReMDM: alpha up to alpha_on before t_on, held to t_off, then up to 1; sigma in between. And
+    its calls: a step asks the network where a mask is filled, and not otherwise.
+    """
+    on, off, held, eta, num_steps = 0.7, 0.2, 0.6, 0.5, 6
+
+    def alpha(t):
+        if t > on:
+            return held * (1 - t) / (1 - on)
+        return held if t > off else 1 - (1 - held) * t / off
+
+    def step(place, t, s):
+        state, calls = place
+        alpha_t, alpha_s = alpha(t), alpha(s)
+        sigma = min(eta, (1 - alpha_s) / alpha_t) if off < t <= on else 0.0
+        p, share = laws(state), (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t)
+
+        def law(i):
+            if state[i] == MASK:
+                return {MASK: 1 - share} | {token: share * p[i][token] for token in range(MASK)}
+            return {MASK: sigma, state[i]: 1 - sigma}
+
+        for probability, after in independent(state, law):
+            filled = any(a == MASK != b for a, b in zip(state, after, strict=True))
+            yield probability, (after, calls + filled)
+
+    times = [1 - i / num_steps for i in range(num_steps)] + [0.0]
+    law = follow((START, 0), [lambda place, t=t: step(place, *t) for t in pairwise(times)])
+    settings = RemdmLoopSampler(
+        kind="remdm_loop", num_steps=num_steps, eta=eta, t_on=on, t_off=off, alpha_on=held
+    )
+    assert_ends(settings, forget(law))
+    wanted = torch.zeros(num_steps + 1, dtype=torch.float64)
+    for (_, calls), probability in law.items():
+        wanted[calls] += probability
+    found = sample(network, settings, NOISE, SCHEDULE, 3, torch.full((ROWS, S), -1))
+    assert_drawn_from(found.evaluations_B, wanted)
+    assert (found.steps_B == num_steps).all()
 
 
 @pytest.mark.parametrize("variant", ["release", "paper"])

@@ -38,6 +38,7 @@ SAMPLER_VARIANTS = [
     {"kind": "confidence", "num_steps": 5, "temperature": 0.0},
     {"kind": "refine", "num_steps": 5, "top_p": 0.9, "block_size": 11},
     {"kind": "remdm", "num_steps": 5, "strategy": "conf", "eta": 1.0},
+    {"kind": "remdm_loop", "num_steps": 5, "eta": 0.5},
     {"kind": "saber", "variant": "release"},
     {"kind": "saber", "variant": "paper", "temperature": 0.5},
 ]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from xdlm_megatron.config.derive import kv_channels, num_query_groups
 from xdlm_megatron.config.gpu_rules import find_gpu_contradictions
-from xdlm_megatron.config.schema import RunConfig, WsdLr
+from xdlm_megatron.config.schema import RemdmLoopSampler, RunConfig, WsdLr
 
 # Fields of TransformerConfig that a recipe must not set by the back door: another knob owns them, ...
 OWNED_MCORE_FIELDS = {
@@ -167,6 +167,9 @@ def _run_contradictions(config: RunConfig) -> Iterator[str]:
             )
     if train.stop_after_step and train.stop_after_step >= train.num_steps:
         yield f"train.stop_after_step={train.stop_after_step} has no effect at {steps}; remove it"
+    sampling = config.sampling
+    if isinstance(sampling, RemdmLoopSampler) and sampling.t_off >= sampling.t_on:
+        yield (f"sampling.t_off={sampling.t_off} must be below sampling.t_on={sampling.t_on}; change one")
     checkpoint = config.checkpoint
     if checkpoint.keep_every and checkpoint.keep_every % checkpoint.save_interval:
         yield (

@@ -326,6 +326,22 @@ class RemdmSampler(AnySampler):
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
+class RemdmLoopSampler(AnySampler):
+    kind: Literal["remdm_loop"]
+    """ReMDM-loop: fills to a share of tokens, masks and fills again at that share, then fills the rest."""
+    num_steps: PositiveInt = 64
+    """Steps (of each block) of t from 1 to 0."""
+    eta: PositiveFraction = 0.02
+    """Probability of masking a token again in a step of the loop."""
+    t_on: OpenFraction = 0.55
+    """Time at which the loop begins; above t_off."""
+    t_off: OpenFraction = 0.05
+    """Time at which it ends."""
+    alpha_on: OpenFraction = 0.9
+    """Share of tokens that are in sight during the loop."""
+
+
+@section(frozen=True, kw_only=True, config=_STRICT)
 class SaberSampler(AnySampler):
     kind: Literal["saber"]
     """Saber: keeps what is surer than the average so far, takes back what has become doubtful."""
@@ -347,6 +363,7 @@ Sampler = Annotated[
     | Annotated[ConfidenceSampler, Tag("confidence")]
     | Annotated[RefineSampler, Tag("refine")]
     | Annotated[RemdmSampler, Tag("remdm")]
+    | Annotated[RemdmLoopSampler, Tag("remdm_loop")]
     | Annotated[SaberSampler, Tag("saber")],
     Discriminator(_kind_or_ancestral),
 ]

@@ -23,7 +23,7 @@ from xdlm_megatron.samplers.chain import Chain, Counted, OnStep
 from xdlm_megatron.samplers.confidence import confidence
 from xdlm_megatron.samplers.guidance import guide
 from xdlm_megatron.samplers.refine import refine
-from xdlm_megatron.samplers.remdm import remdm
+from xdlm_megatron.samplers.remdm import remdm, remdm_loop
 from xdlm_megatron.samplers.saber import saber
 
 SAMPLERS: dict[str, Callable[[Chain, Any], None]] = {
@@ -31,6 +31,7 @@ SAMPLERS: dict[str, Callable[[Chain, Any], None]] = {
     "confidence": confidence,
     "refine": refine,
     "remdm": remdm,
+    "remdm_loop": remdm_loop,
     "saber": saber,
 }
 

@@ -5,12 +5,13 @@ probability (alpha_s - (1 - sigma) alpha_t) / (1 - alpha_t): the marginals are t
 sigma up to min(1, (1 - alpha_s) / alpha_t). What uniform noise the network knows is not drawn from.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from xdlm_megatron.config.schema import RemdmSampler
+from xdlm_megatron.config.schema import RemdmLoopSampler, RemdmSampler
 from xdlm_megatron.samplers.chain import Chain
 
 
@@ -20,18 +21,50 @@ def remdm(chain: Chain, settings: RemdmSampler) -> None:
     The strategy says what sigma is: `cap` min(eta, bound), `rescale` eta times the bound, `conf` that of
     `cap` shared out among the visible tokens by softmax(-psi), psi a token's probability when it was drawn.
     """
+
+    def sigma(t: float, bound: float) -> float:
+        if t > settings.remask_below_t:
+            return 0.0
+        return settings.eta * bound if settings.strategy == "rescale" else min(settings.eta, bound)
+
+    _reverse(chain, settings, chain.schedule.alpha, sigma, by_doubt=settings.strategy == "conf")
+
+
+def remdm_loop(chain: Chain, settings: RemdmLoopSampler) -> None:
+    """Fills to a share alpha_on of tokens, masks and fills again at that share, fills the rest.
+
+    num_steps equal steps of t from 1 to 0: alpha rises on a line to alpha_on at t_on, is held there down to
+    t_off, and rises on a line to 1. Re-masking belongs to the part between, by sigma = min(eta, bound).
+    """
+    on, off, held = settings.t_on, settings.t_off, settings.alpha_on
+
+    def alpha(t_T: Tensor) -> Tensor:
+        filling_T, finishing_T = ((1 - t_T) / (1 - on)).clamp(max=1), (1 - t_T / off).clamp(min=0)
+        return held * filling_T + (1 - held) * finishing_T
+
+    _reverse(chain, settings, alpha, lambda t, bound: min(settings.eta, bound) if off < t <= on else 0.0)
+
+
+def _reverse(
+    chain: Chain,
+    settings: RemdmSampler | RemdmLoopSampler,
+    alpha: Callable[[Tensor], Tensor],
+    sigma_of: Callable[[float, float], float],
+    by_doubt: bool = False,
+) -> None:
+    """The reverse process along alpha(t); sigma_of(t, its largest value) says what is masked again, by_doubt
+    that the visible tokens share one sigma.
+    """
     chain.begin(masks=True)
     times = torch.linspace(1, 0, settings.num_steps + 1, dtype=torch.float64)
-    alphas = chain.schedule.alpha(times)
+    alphas = alpha(times)
     alphas[-1] = 1
     psi_BS = torch.zeros_like(chain.z_BS, dtype=torch.float64)
     for (t, s), (alpha_t, alpha_s) in zip(pairwise(times.tolist()), pairwise(alphas.tolist()), strict=True):
-        bound = min(1.0, (1 - alpha_s) / alpha_t)
-        sigma = settings.eta * bound if settings.strategy == "rescale" else min(settings.eta, bound)
-        sigma = sigma if t <= settings.remask_below_t else 0.0
+        sigma = sigma_of(t, min(1.0, (1 - alpha_s) / alpha_t) if alpha_t > 0 else 1.0)
         masked_BS, visible_BS = chain.masked_BS, chain.free_BS & ~chain.masked_BS
         sigma_BS = visible_BS.double() * sigma
-        if settings.strategy == "conf":
+        if by_doubt:
             sigma_BS, sigma = sigma_BS * _shares(psi_BS, visible_BS), 0.0
         u_BS = chain.uniforms()
         filled_BS = masked_BS & (u_BS < (alpha_s - (1 - sigma) * alpha_t) / (1 - alpha_t))

@@ -151,6 +151,12 @@ CONTRADICTIONS = [
         id="kept checkpoints that are never written",
     ),
     pytest.param(
+        {"sampling.kind": "remdm_loop", "sampling.t_on": 0.2, "sampling.t_off": 0.3},
+        ["sampling.t_off=0.3", "sampling.t_on=0.2"],
+        {"sampling.t_on": 0.4},
+        id="a loop that ends before it begins",
+    ),
+    pytest.param(
         {"lr_schedule.warmup_steps": 20},
         ["lr_schedule.warmup_steps=20", "train.num_steps=20"],
         {"lr_schedule.warmup_steps": 19},

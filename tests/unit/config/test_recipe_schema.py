@@ -41,6 +41,7 @@ UNIONS = {
         {"kind": "confidence"},
         {"kind": "refine"},
         {"kind": "remdm"},
+        {"kind": "remdm_loop"},
         {"kind": "saber"},
     ],
 }
