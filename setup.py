@@ -80,12 +80,14 @@ EXTRAS_REQUIRE = {
     "image": ["nvidia-dali-cuda120>=1.40; platform_system == 'Linux'", "pillow>=10"],
     "slurm": ["submitit>=1.5"],
     "eval": ["lm-eval>=0.4.9", "transformers>=4.56"],
+    "mauve": ["mauve-text>=0.4"],  # GPL-3; brings faiss-cpu and scikit-learn
     "ui": ["mlflow>=3.17,<4"],
     "dev": [
         "pytest>=8",
         "pytest-xdist>=3.5",
-        "lm-eval>=0.4.9",  # what [eval] names, so that its tests run
+        "lm-eval>=0.4.9",  # what [eval] and [mauve] name, so that their tests run
         "transformers>=4.56",
+        "mauve-text>=0.4",
         "ruff>=0.14",
         "mypy>=1.13",
         "import-linter>=2.1",

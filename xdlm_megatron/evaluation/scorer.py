@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -49,10 +50,6 @@ class CausalScorer:
             import transformers
         except ImportError:
             raise DataError("a scorer needs transformers; pip install 'xdlm_megatron[eval]'") from None
-        if not path.exists():
-            raise DataError(
-                f"scorer {path}: no such folder; give one with config.json, weights and tokenizer"
-            )
         gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         folder = str(path.parent if gguf else path)
         local: dict[str, Any] = {"local_files_only": True, **gguf}
@@ -79,6 +76,14 @@ class CausalScorer:
         ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         nats = sum(self._piece(ids[at : at + self._context]) for at in range(0, len(ids), self._context))
         return Scored(nats, len(ids), len(text.encode()))
+
+    @torch.no_grad()
+    def features(self, text: str) -> np.ndarray:
+        """float32 [H]: the last layer's output at the text's last token, within the first context."""
+        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"][: self._context]
+        input_ids = torch.tensor([[self._begin, *ids]], device=self._model.device)
+        states = self._model(input_ids=input_ids, output_hidden_states=True).hidden_states
+        return states[-1][0, -1].float().cpu().numpy()
 
     def _piece(self, ids: list[int]) -> float:
         input_ids = torch.tensor([[self._begin, *ids]], device=self._model.device)

@@ -16,6 +16,7 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_valid_samples
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.tokenizer import load_tokenizer
+from xdlm_megatron.evaluation.mauve import Mauve
 from xdlm_megatron.evaluation.quality import Diversity, diversity, low_entropy_share
 from xdlm_megatron.evaluation.records import Estimate, mean_of
 from xdlm_megatron.evaluation.scorer import Scored, Scorer, score_all
@@ -92,6 +93,7 @@ class Row:
 class Scores:
     samples: Row
     reference: Row | None
+    mauve: Mauve | None = None
 
     @property
     def warnings(self) -> list[str]:
@@ -107,7 +109,9 @@ class Scores:
         ]
 
 
-def score_samples(samples: Texts, reference: Texts | None, scorer: Scorer | None) -> Scores:
+def score_samples(
+    samples: Texts, reference: Texts | None, scorer: Scorer | None, mauve: Mauve | None = None
+) -> Scores:
     """Samples and held-out text by the same means; without a scorer, without perplexities."""
     low = low_entropy_share(samples.ids, reference.ids) if reference else None
     calls, steps = (float(np.mean(each)) for each in (samples.calls, samples.steps))
@@ -148,6 +152,7 @@ def to_record(samples: Texts, scorer: Scorer | None, found: Scores) -> dict[str,
         "scorer": judge,
         "samples": _row_record(found.samples),
         "reference": None if found.reference is None else _row_record(found.reference),
+        "mauve": None if found.mauve is None else asdict(found.mauve),
         "warnings": found.warnings,
     }
 
@@ -166,7 +171,11 @@ def as_table(found: Scores) -> str:
     heads = ("", "gen ppl", "bits/byte", "entropy", "dist-1", "dist-2", "dist-3", "rep-4", "low H", "calls")
     rows = [("samples", found.samples), *([("reference", found.reference)] if found.reference else [])]
     lines = [heads, *(_cells(name, row) for name, row in rows)]
-    return "\n".join("  ".join(f"{cell:>9}" for cell in line) for line in lines)
+    table = "\n".join("  ".join(f"{cell:>9}" for cell in line) for line in lines)
+    if found.mauve is None:
+        return table
+    m = found.mauve
+    return f"{table}\nMAUVE {m.score:.3f} of {m.num_texts[0]} samples and {m.num_texts[1]} held-out texts"
 
 
 def _cells(name: str, row: Row) -> tuple[str, ...]:

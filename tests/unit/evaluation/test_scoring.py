@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 from xdlm_megatron.data.errors import DataError
+from xdlm_megatron.evaluation.mauve import check_mauve, compare_features, mauve_of
 from xdlm_megatron.evaluation.quality import diversity, low_entropy_share
 from xdlm_megatron.evaluation.scorer import CausalScorer, Scored
 from xdlm_megatron.evaluation.scoring import Texts, as_table, read_samples, score_samples, to_record
@@ -100,6 +103,27 @@ def test_a_file_that_holds_no_samples_is_refused(tmp_path: Path) -> None:
         CausalScorer(tmp_path / "nothing")
 
 
+def test_mauve_tells_equal_features_from_others() -> None:
+    """The real package. 1 for one set of features twice, high for two draws of a law, low for another law."""
+    pytest.importorskip("mauve")
+    draw = np.random.default_rng(0).normal
+    one, other, far = draw(size=(120, 4)), draw(size=(120, 4)), draw(size=(120, 4)) + 9 * np.eye(4)[0]
+    same, near, apart = (compare_features(one, each) for each in (one, other, far))
+    assert same.score == pytest.approx(1, abs=1e-3)
+    assert same.score > near.score > 0.7 > 0.05 > apart.score
+    assert (near.num_texts, near.num_buckets) == ((120, 120), 12)
+
+
+def test_mauve_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="add --scorer"):
+        check_mauve(None)
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    with pytest.raises(DataError, match=r"pip install 'xdlm_megatron\[mauve\]'"):
+        check_mauve(tmp_path)
+    with pytest.raises(DataError, match=r"no data\.valid_prefix"):
+        mauve_of(object(), ["a"], None)
+
+
 def test_a_causal_model_from_a_folder(tmp_path: Path) -> None:
     """Against the model's own loss; a text beyond the context is scored in pieces, to its end."""
     transformers = pytest.importorskip("transformers")
@@ -131,3 +155,11 @@ def test_a_causal_model_from_a_folder(tmp_path: Path) -> None:
     ]
     assert long.nats == pytest.approx(sum(pieces), rel=1e-5)
     assert "model.safetensors:" in scorer.fingerprint
+    hidden = network.transformer(input_ids=ids).last_hidden_state[0, -1]
+    assert scorer.features("to be or not") == pytest.approx(hidden.tolist(), rel=1e-5, abs=1e-6)
+    assert (scorer.features("to be or not " * 5) == scorer.features("to be or not " * 2)).all()
+    if importlib.util.find_spec("mauve"):
+        texts, others = ["to be", "or", "not to"] * 8, ["be", "or not", "to or"] * 8
+        found = compare_features(*(np.stack([scorer.features(t) for t in each]) for each in (texts, others)))
+        assert mauve_of(scorer, texts, others) == found
+        assert found.score < 1
