@@ -21,7 +21,7 @@ generate_until = harness.DiffusionLM.generate_until
 
 def recorded(self, requests) -> list[str]:
     texts = generate_until(self, requests)
-    if self._mesh.is_main:
+    if self._completer.mesh.is_main:
         Path(os.environ["ANSWERS"]).write_text(json.dumps(texts))
     return texts
 

@@ -59,6 +59,7 @@ class Samples:
 @dataclass(frozen=True)
 class _Input:
     zt_BS: Tensor
+    document_BT: Tensor | None
 
 
 def observe(seq_length: int, prompt_ids: list[int], suffix_ids: list[int], device: torch.device) -> Tensor:
@@ -122,13 +123,18 @@ def generate(
     )
 
 
-def build_denoiser(chunks: list[Any], mesh: Mesh) -> Callable[[Tensor], HeadPrediction]:
-    """z_t [B, S] -> what the network makes of it, called on every process at once."""
+def build_denoiser(
+    chunks: list[Any], mesh: Mesh, document_BT: Tensor | None = None
+) -> Callable[[Tensor], HeadPrediction]:
+    """z_t [B, S] -> what the network makes of it, called on every process at once. document_BT: numbers of
+    documents that do not see each other, of such a batch; None: each sample is one.
+    """
     for chunk in chunks:
         chunk.eval()
 
     def forward_step(batches: Iterator[_Input], model: Any) -> tuple[Tensor, Any]:
-        hidden = model(next(batches).zt_BS, None, True)  # no documents, no head
+        batch = next(batches)
+        hidden = model(batch.zt_BS, batch.document_BT, True)  # without the head
         return hidden, lambda hidden_SBH, non_loss_data: (hidden_SBH, unwrap(model).head_weight())
 
     @torch.no_grad()
@@ -137,7 +143,7 @@ def build_denoiser(chunks: list[Any], mesh: Mesh) -> Callable[[Tensor], HeadPred
         outputs = run_schedule(
             forward_step,
             chunks,
-            batches=lambda: iter([_Input(own_BS)] * num_microbatches),
+            batches=lambda: iter([_Input(own_BS, document_BT)] * num_microbatches),
             num_microbatches=num_microbatches,
             micro_batch_size=zt_BS.shape[0],
             seq_length=zt_BS.shape[1],

@@ -2,44 +2,26 @@
 
 The harness runs on every process alike and believes in one; each method deals its requests to the
 data-parallel ranks itself, and all get all results.
-
-Shape suffixes: N requests, R requests of one length, T positions.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
-from torch import Tensor
-from tqdm import tqdm
 
 from xdlm_megatron.config.schema import RunConfig
-from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.data.tokenizer import load_tokenizer
-from xdlm_megatron.diffusion.posterior_draw import REFERENCE_DRAW, Draw
-from xdlm_megatron.evaluation.generation import build_denoiser
-from xdlm_megatron.evaluation.likelihood import LikelihoodEvaluator, Request, make_request, padded_length
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Draw
+from xdlm_megatron.evaluation.completions import Completer, Prompt, make_prompt
+from xdlm_megatron.evaluation.likelihood import LikelihoodEvaluator, Request, make_request
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.parallel.mesh import Mesh
-from xdlm_megatron.samplers import sample
 
 DEFAULT_MAX_TOKENS = 256  # of an answer, where a task does not say
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """A request to generate: ids of the context and how many tokens may follow it, up to one of `until`."""
-
-    ids: tuple[int, ...]
-    num_tokens: int
-    until: tuple[str, ...]
 
 
 class DiffusionLM(LM):
@@ -59,14 +41,16 @@ class DiffusionLM(LM):
         draw: Draw = REFERENCE_DRAW,
     ) -> None:
         super().__init__()
-        self._config, self._mesh, self._chunks, self._draw = config, mesh, chunks, draw
-        self._tokenizer = load_tokenizer(config.data.tokenizer)
+        self._chunks, self._tokenizer = chunks, load_tokenizer(config.data.tokenizer)
+        self._completer = Completer(config, mesh, chunks, self._tokenizer, config.run.seed, draw)
         self._likelihood = LikelihoodEvaluator(config, mesh, objective, num_draws, label="likelihood")
         self._seq_length = config.data.seq_length
         self.counts: Counter[str] = Counter()
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Minus the bound; whether greedy decoding would give the continuation is not known, hence False."""
+        """Minus the bound, and whether greedy decoding of the context gives the continuation: a network call
+        for each token of the longest.
+        """
         groups: dict[str, int] = {}
         made = []
         for context, continuation in (request.args for request in requests):
@@ -74,7 +58,8 @@ class DiffusionLM(LM):
             request, cut = make_request(self._tokenizer, context, continuation, group, self._seq_length)
             self.counts["cut_contexts"] += cut
             made.append(request)
-        found = [(-nats, False) for nats in self._nats(made)]
+        greedy = self._completer.reproduces(made)
+        found = [(-nats, same) for nats, same in zip(self._nats(made), greedy, strict=True)]
         for request, result in zip(requests, found, strict=True):
             self.cache_hook.add_partial("loglikelihood", request.args, result)
         return found
@@ -97,12 +82,7 @@ class DiffusionLM(LM):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """The text between a context and the first of the task's stops."""
         prompts = [self._prompt(*request.args) for request in requests]
-        lengths = [padded_length(len(each.ids) + each.num_tokens, self._mesh) for each in prompts]
-        texts = [""] * len(prompts)
-        for T in sorted(set(lengths)):
-            rows = [index for index, length in enumerate(lengths) if length == T]
-            for index, ids_T in zip(rows, self._generate(prompts, rows, T).tolist(), strict=True):
-                texts[index] = self._cut(prompts[index], ids_T)
+        texts = [completion.text for completion in self._completer(prompts)]
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
@@ -110,48 +90,10 @@ class DiffusionLM(LM):
     def _nats(self, requests: Sequence[Request]) -> list[float]:
         return self._likelihood(self._chunks, requests).mean(dim=1).tolist() if requests else []
 
-    def _prompt(self, context: str, settings: dict[str, Any]) -> _Prompt:
+    def _prompt(self, context: str, settings: dict[str, Any]) -> Prompt:
         until = settings.get("until") or []
+        until = [until] if isinstance(until, str) else until
         num_tokens = int(settings.get("max_gen_toks", DEFAULT_MAX_TOKENS))
-        num_tokens = max(1, min(num_tokens, self._seq_length - 1))
-        ids = self._tokenizer.encode(context)
-        room = self._seq_length - num_tokens
-        self.counts["cut_contexts"] += len(ids) > room
-        return _Prompt(tuple(ids[-room:]), num_tokens, (until,) if isinstance(until, str) else tuple(until))
-
-    def _generate(self, prompts: Sequence[_Prompt], rows: list[int], T: int) -> Tensor:
-        """Ids [R, T] of these prompts on every process; each data-parallel rank makes its share."""
-        mesh, config = self._mesh, self._config
-        ids_RT = torch.full((len(rows), T), -1, dtype=torch.int64, device=mesh.device)
-        for place, index in enumerate(rows):
-            ids = prompts[index].ids
-            ids_RT[place, : len(ids)] = torch.tensor(ids, dtype=torch.int64)
-        mine = torch.arange(mesh.data_parallel_rank, len(rows), mesh.data_parallel_size, device=mesh.device)
-        row_R = torch.tensor(rows, device=mesh.device)
-        denoise, found_RT = build_denoiser(self._chunks, mesh), torch.zeros_like(ids_RT)
-        size = max(1, config.train.micro_batch_size * self._seq_length // T)
-        bar = tqdm(mine.split(size), desc=f"answers, {T} tokens", disable=None if mesh.is_main else True)
-        for chosen in bar if len(mine) else []:
-            made = sample(
-                denoise,
-                config.sampling,
-                build_noise(config),
-                build_schedule(config.diffusion),
-                config.run.seed,
-                ids_RT[chosen],
-                row_R[chosen],
-                draw=self._draw,
-            )
-            found_RT[chosen] = made.ids_BS
-        # Processes that share a model have the same ids: one of them speaks.
-        if any(group.rank() for group in (mesh.groups.tp, mesh.groups.pp, mesh.groups.cp)):
-            found_RT.zero_()
-        return mesh.reduce_sum(found_RT)
-
-    def _cut(self, prompt: _Prompt, ids_T: list[int]) -> str:
-        answer = np.array(ids_T[len(prompt.ids) :][: prompt.num_tokens])
-        ends = np.flatnonzero(answer == (-1 if self._tokenizer.eod_id is None else self._tokenizer.eod_id))
-        text = self._tokenizer.decode(answer[: ends[0] if len(ends) else None].tolist())
-        for stop in prompt.until:
-            text = text.partition(stop)[0] if stop else text
-        return text
+        prompt, cut = make_prompt(self._tokenizer, context, num_tokens, until, self._seq_length)
+        self.counts["cut_contexts"] += cut
+        return prompt

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,14 @@ def padded_length(length: int, mesh: Mesh) -> int:
     """The next length that goes with others, and that the processes which share a sequence can cut."""
     step = math.lcm(LENGTH_STEP, mesh.groups.tp.size() * mesh.groups.cp.size())
     return -(-length // step) * step
+
+
+def by_length(rows: Sequence[Sized], mesh: Mesh) -> dict[int, list[int]]:
+    """{padded length: indices of the rows of that length}, the shortest first."""
+    found: dict[int, list[int]] = {}
+    for index, row in enumerate(rows):
+        found.setdefault(padded_length(len(row), mesh), []).append(index)
+    return dict(sorted(found.items()))
 
 
 class _RequestRows:
@@ -138,18 +146,11 @@ class LikelihoodEvaluator:
         All processes call it; all get the result.
         """
         nats_RD = torch.empty(len(requests), self.num_draws, dtype=torch.float64, device=self.mesh.device)
-        for length, indices in self._by_length(requests).items():
+        for length, indices in by_length(requests, self.mesh).items():
             terms = self._terms(chunks, [requests[i] for i in indices], length)
             parts = terms.strict(terms.density())
             nats_RD[indices] = sum(parts.values(), nats_RD.new_zeros(())).view(len(indices), -1)
         return nats_RD
-
-    def _by_length(self, requests: Sequence[Request]) -> dict[int, list[int]]:
-        """{padded length: requests}."""
-        found: dict[int, list[int]] = {}
-        for index, request in enumerate(requests):
-            found.setdefault(padded_length(len(request), self.mesh), []).append(index)
-        return dict(sorted(found.items()))
 
     def _terms(self, chunks: list[Any], requests: Sequence[Request], length: int) -> Terms:
         config, mesh, num_draws = self.config, self.mesh, self.num_draws
