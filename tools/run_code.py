@@ -3,14 +3,13 @@
     python tools/run_code.py PROBLEMS.jsonl[.gz] COMPLETIONS.jsonl --execute [--k 1 10]
 
 PROBLEMS, as HumanEval has them: {task_id, prompt, test, entry_point}, or as MBPP: {task_id, test_list,
-[test_setup_code]}. COMPLETIONS: {task_id, completion} a line, several of a task. Writes
-COMPLETIONS.results.json. Nothing runs without --execute. Exit status: 0 done, 2 a mistake of the user.
+[test_setup_code]}. COMPLETIONS: {task_id, completion} a line, several of a task, as tools/complete_code.py
+writes them. Writes COMPLETIONS.results.json. Nothing runs without --execute. Exit status: 0 done, 2 a
+mistake of the user.
 """
 
 import argparse
-import gzip
 import hashlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from xdlm_megatron.evaluation.execution import Limits, Outcome, Sandbox, pass_at_k
+from xdlm_megatron.evaluation.problems import assemble, read_lines
 from xdlm_megatron.evaluation.records import mean_of, write_record
 
 
@@ -62,24 +62,14 @@ def run(options: argparse.Namespace) -> None:
     for each in tqdm(completions, desc="programs", disable=None):
         found = sandbox.run(assemble(problems[str(each["task_id"])], each["completion"]))
         results.append({"task_id": each["task_id"], "outcome": found.outcome.value, "error": found.error})
-    record = summarise(options, sandbox.interpreter, counts, results)
+    made_by = [each["made_by"] for each in completions if "made_by" in each]
+    made_by = [each for n, each in enumerate(made_by) if each not in made_by[:n]]
+    record = {"made_by": made_by} | summarise(options, sandbox.interpreter, counts, results)
     written = options.completions.with_suffix(".results.json")
     write_record(written, record)
     for name, value in record["pass_at_k"].items():
         print(f"pass@{name}  {value['mean']:.4f} +- {value['standard_error']:.4f} of {len(counts)} problems")
     print(written)
-
-
-def assemble(problem: dict[str, Any], completion: str) -> str:
-    """A program that ends well where the completion passes the problem's tests. Raises ValueError."""
-    if "entry_point" in problem:
-        solution = f"{problem['prompt']}{completion}"
-        return f"{solution}\n{problem['test']}\ncheck({problem['entry_point']})\n"
-    if "test_list" in problem:
-        return "\n".join([completion, problem.get("test_setup_code", ""), *problem["test_list"], ""])
-    raise ValueError(
-        f"problem {problem['task_id']} has neither 'entry_point' (HumanEval) nor 'test_list' (MBPP)"
-    )
 
 
 def summarise(
@@ -101,24 +91,6 @@ def summarise(
         "outcomes": {o.value: sum(each["outcome"] == o.value for each in results) for o in Outcome},
         "results": results,
     }
-
-
-def read_lines(path: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """JSON objects, one a line, that have these names. Raises ValueError."""
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    found = []
-    with opened as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                found.append({**record, **{name: record[name] for name in names}})
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path}:{number}: a JSON object with {', '.join(names)} ({error!r})"
-                ) from None
-    return found
 
 
 if __name__ == "__main__":
