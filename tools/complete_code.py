@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from xdlm_megatron.config.derive import run_folder
-from xdlm_megatron.config.load import load_recipe, to_tree
+from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.evaluation.problems import question, read_lines
 
 
@@ -72,7 +72,6 @@ def complete(options: argparse.Namespace) -> None:
             return
         made_by = checkpoint_record(config, path, step, use_ema) | {
             "seed": options.seed,
-            "sampling": to_tree(config.sampling),
             "problems": str(options.problems),
             "max_tokens": options.max_tokens,
             "cut_prompts": sum(cut for _, cut in made),

@@ -44,6 +44,7 @@ def test_every_layout_gives_the_same_figures(trained: Path, monkeypatch: pytest.
     record, answers = run(trained, monkeypatch, 1)
     assert record["draws"] == 8
     assert len(record["checkpoint_hash"]) == 32
+    assert record["sampling"]["num_steps"] == 4
     assert set(record["results"]) == set(TASKS.split(","))
     bits = record["results"]["local_text"]["bits_per_byte,none"]
     assert 1 < bits < 8, "a byte has 8 bits, and this model has seen little"

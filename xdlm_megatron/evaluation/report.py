@@ -24,7 +24,8 @@ def checkpoint_record(config: RunConfig, path: Path, step: int, use_ema: bool) -
         "checkpoint_hash": fingerprint(path),
         "step": step,
         "ema": use_ema,
-        "diffusion": to_tree(config)["diffusion"],
+        "diffusion": to_tree(config.diffusion),
+        "sampling": to_tree(config.sampling),
         "seed": config.run.seed,
     }
 
