@@ -22,6 +22,7 @@ INSTALL_REQUIRES = [
     "torch>=2.6,<2.14",  # tested with 2.13.0 alone; Megatron-Core needs 2.6
     "numpy>=1.26",
     "scipy>=1.11",
+    "packaging>=24",
     "psutil>=5",  # Megatron-Core needs it to write checkpoints and does not ask for it
     "pydantic>=2.7,<3",
     "pyyaml>=6",

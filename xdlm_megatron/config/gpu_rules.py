@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xdlm_megatron.config.derive import kv_channels, num_query_groups
+from xdlm_megatron.config.derive import keeps_documents_apart, kv_channels, num_query_groups
 from xdlm_megatron.config.schema import RunConfig
 
 # Rows and columns of an FP8 matrix product come in multiples of these (megatron.core.fp8_utils).
@@ -144,14 +144,17 @@ def _engine_knobs(config: RunConfig) -> Iterator[str]:
             if on:
                 yield f"model.mcore.cpu_offloading=true does not go with {name}; remove one of them"
     slices = parallel.context_parallel_size
+    by_engine = model.transformer_impl != "local" and config.precision.dtype == "bfloat16"
     if (
-        model.transformer_impl == "transformer_engine"
+        by_engine
+        and not keeps_documents_apart(config.data)
         and slices > 1
         and config.data.seq_length % (2 * slices)
     ):
         yield (
             f"data.seq_length={config.data.seq_length} over parallel.context_parallel_size={slices} must be "
-            "even for Transformer Engine's attention; change one of them"
+            f"even for Transformer Engine's attention, which model.transformer_impl={model.transformer_impl} "
+            "takes where it is; change one of the sizes, or take local"
         )
 
 

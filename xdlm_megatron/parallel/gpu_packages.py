@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from packaging.version import Version
 
 ENGINE, APEX = "transformer_engine", "apex"
 LAYERS, ADAM, FUSION, NORM = "layers", "fused Adam", "gradient accumulation fusion", "layer norm"
@@ -53,7 +54,11 @@ def transformer_engine() -> Package:
     problem = _import_problem(f"{ENGINE}.pytorch")
     if problem is not None:
         return Package(name, problem=problem)
-    return Package(name, (LAYERS, ADAM, FUSION), version=importlib.metadata.version(ENGINE))
+    try:
+        version = _engine_version()
+    except Exception as error:
+        return Package(name, problem=f"broken installation without a version, {_in_one_line(error)}")
+    return Package(name, (LAYERS, ADAM, FUSION), version=version)
 
 
 @functools.cache
@@ -99,8 +104,18 @@ def _import_problem(name: str) -> str | None:
     try:
         importlib.import_module(name)
     except Exception as error:
-        return "broken build, " + " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"broken build, {_in_one_line(error)}"
     return None
+
+
+def _engine_version() -> str:
+    """As megatron.core looks for it, whose import fails where it finds none."""
+    version = getattr(sys.modules[ENGINE], "__version__", None) or importlib.metadata.version(ENGINE)
+    return str(Version(str(version)))
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _refuse_namesake() -> None:

@@ -23,6 +23,7 @@ Change = Callable[[dict[str, Any]], dict[str, Any]]
 FP8 = {"precision.fp8": "hybrid", "precision.dtype": "bfloat16"}
 OFFLOAD = {"cpu_offloading": True, "cpu_offloading_num_layers": 1}
 GRAPHS = {"model.mcore": {"cuda_graph_impl": "local"}}
+ODD_SLICES = {"precision.dtype": "bfloat16", "data.seq_length": 18, "parallel.context_parallel_size": 2}
 WSD = {"kind": "wsd", "warmup_steps": 10, "decay_steps": 11}
 
 # changes of the recipe, what the message names, what mends it
@@ -287,14 +288,16 @@ CONTRADICTIONS = [
         id="overlapped messages that are not sent",
     ),
     pytest.param(
-        {
-            "model.transformer_impl": "transformer_engine",
-            "data.seq_length": 18,
-            "parallel.context_parallel_size": 2,
-        },
-        ["data.seq_length=18 over parallel.context_parallel_size=2", "even"],
+        ODD_SLICES | {"model.transformer_impl": "transformer_engine"},
+        ["data.seq_length=18 over parallel.context_parallel_size=2", "even", "=transformer_engine"],
         {"data.seq_length": 20},
         id="odd slices",
+    ),
+    pytest.param(
+        ODD_SLICES,
+        ["data.seq_length=18 over parallel.context_parallel_size=2", "model.transformer_impl=auto"],
+        {"model.transformer_impl": "local"},
+        id="odd slices where auto may take Transformer Engine",
     ),
     pytest.param(
         {"train.fuse_head": "always", "parallel.overlap_grad_reduce": True},
@@ -406,6 +409,11 @@ def test_every_rule_has_a_case_above(recipe: dict[str, Any], change_tree: Any) -
 
 def test_the_small_recipe_has_no_contradiction(recipe: dict[str, Any]) -> None:
     assert rules.find_contradictions(build_config(recipe)) == []
+
+
+@pytest.mark.parametrize("torchs_attention", [{"precision.dtype": "float32"}, {"data.packing": "documents"}])
+def test_torchs_attention_takes_odd_slices(changed: Change, torchs_attention: dict[str, Any]) -> None:
+    build_config(changed(ODD_SLICES | torchs_attention))
 
 
 def test_several_contradictions_come_together(changed: Change) -> None:

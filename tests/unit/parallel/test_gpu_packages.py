@@ -127,8 +127,32 @@ def test_a_broken_transformer_engine_is_said_and_hidden(install: Install) -> Non
     assert not can_import("transformer_engine")
 
 
+ENGINE = {"transformer_engine/pytorch.py": ""}
+
+
+def test_its_version_is_what_megatron_finds(install: Install) -> None:
+    install(ENGINE | {"transformer_engine/__init__.py": "__version__ = '2.20.2'"})
+    assert str(transformer_engine()).startswith("Transformer Engine 2.20.2 with layers")
+
+
+@pytest.mark.parametrize(
+    ("init", "why"),
+    [("", "PackageNotFoundError: No package metadata"), ("__version__ = 'main'", "InvalidVersion: ")],
+    ids=["no metadata", "no version"],
+)
+def test_a_transformer_engine_without_a_version_is_said_and_hidden(
+    init: str, why: str, install: Install
+) -> None:
+    """megatron.core compares it while it is imported."""
+    install(ENGINE | {"transformer_engine/__init__.py": init})
+    found = str(transformer_engine())
+    assert found.startswith(f"Transformer Engine: broken installation without a version, {why}")
+    hide_unusable_packages()
+    assert not can_import("transformer_engine")
+
+
 def test_without_a_gpu_all_are_hidden(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
-    install(NVIDIAS | COMPILED | {"transformer_engine/__init__.py": "", "transformer_engine/pytorch.py": ""})
+    install(NVIDIAS | COMPILED | ENGINE | {"transformer_engine/__init__.py": ""})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for package in (apex(), transformer_engine()):
         assert package.parts == ()
