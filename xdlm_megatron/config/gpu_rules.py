@@ -33,6 +33,7 @@ def find_gpu_contradictions(config: RunConfig) -> Iterator[str]:
         yield from _fp8_shapes(config)
     yield from _engine_knobs(config)
     yield from _overlap_knobs(config)
+    yield from _optimizer_offload_knobs(config)
     if config.model.mcore.get("cuda_graph_impl", "none") != "none":
         yield from _graph_knobs(config)
 
@@ -172,6 +173,29 @@ def _overlap_knobs(config: RunConfig) -> Iterator[str]:
             "parallel.overlap_param_gather=true needs parallel.overlap_grad_reduce=true and "
             "optimizer.use_distributed_optimizer=true; set both, or turn it off"
         )
+
+
+def _optimizer_offload_knobs(config: RunConfig) -> Iterator[str]:
+    """The CPU's float32 weights are made of the model's, which must be bfloat16 and sharded."""
+    optimizer, precision = config.optimizer, config.precision
+    if not optimizer.optimizer_cpu_offload:
+        if optimizer.optimizer_offload_fraction != 1:
+            yield (
+                f"optimizer.optimizer_offload_fraction={optimizer.optimizer_offload_fraction} has no effect "
+                "without optimizer.optimizer_cpu_offload=true; set that, or remove this"
+            )
+        return
+    for knob, value, wanted in (
+        ("precision.dtype", precision.dtype, "bfloat16"),
+        ("precision.fp8_param_gather", precision.fp8_param_gather, False),
+        ("optimizer.use_distributed_optimizer", optimizer.use_distributed_optimizer, True),
+    ):
+        if value != wanted:
+            yield (
+                f"optimizer.optimizer_cpu_offload=true needs {knob}={str(wanted).lower()} "
+                f"(got {str(value).lower()}): its float32 weights are made of shards in bfloat16; set that, "
+                "or turn it off"
+            )
 
 
 def _graph_knobs(config: RunConfig) -> Iterator[str]:

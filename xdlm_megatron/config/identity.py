@@ -37,6 +37,8 @@ FREE_FIELDS = (
     "precision.fp8_param_gather",
     "precision.num_layers_at_start_in_bf16",
     "precision.num_layers_at_end_in_bf16",
+    "optimizer.optimizer_cpu_offload",
+    "optimizer.optimizer_offload_fraction",
     *(
         f"model.mcore.{name}"
         for name in (

@@ -166,6 +166,10 @@ class Optimizer:
     """Largest global gradient norm; 0 turns clipping off."""
     use_distributed_optimizer: Flag = True
     """Shard optimizer state and EMA over the data-parallel group."""
+    optimizer_cpu_offload: Flag = False
+    """Keep optimizer state and EMA in the CPU's memory, and update there."""
+    optimizer_offload_fraction: PositiveFraction = 1.0
+    """Share of the parameters for which it is."""
     ema_decay: Probability = 0.9999
     """Decay of the averaged weights, ramped as min(decay, (1+n)/(10+n)); 0 turns them off."""
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 
 from xdlm_megatron.launch.gpus import Gpu
 from xdlm_megatron.launch.layout import Layout, Shape
-from xdlm_megatron.launch.memory import layer_activations, layer_matrices, rank_parameters
+from xdlm_megatron.launch.memory import layer_activations, layer_matrices, optimizer_shards, rank_parameters
 
 # Assumed, not measured here. Each is a share of the data sheet's rate unless it has a unit.
 PRODUCT_EFFICIENCY = 0.75  # of a large matrix product
@@ -19,6 +19,7 @@ HALF_SPEED_SIZE = 256  # the smallest side of a product that reaches half of tha
 ATTENTION_EFFICIENCY = 0.5  # of fused attention, forward and backward together
 MEMORY_EFFICIENCY = 0.8
 LINK_EFFICIENCY = 0.75  # of collectives, in a node and between nodes
+HOST_MEMORY, HOST_LINK = 40e9, 25e9  # bytes/s that the CPU has for one GPU: its memory, and PCIe 4.0 x16
 LATENCY = 15e-6  # seconds of a collective or a message
 LAUNCH = 4e-6  # seconds a kernel
 KERNELS_FORWARD, KERNELS_BACKWARD = 45, 80  # of a layer
@@ -34,6 +35,8 @@ ASSUMPTIONS = (
     f"{LATENCY * 1e6:.0f} us to start, a kernel {LAUNCH * 1e6:.0f} us",
     "ranks lie as Megatron orders them (tensor, context, data, pipeline): a group that leaves its node goes "
     "at the network's rate",
+    f"an offloaded optimizer has {HOST_MEMORY / 1e9:.0f} GB/s of the CPU's memory and "
+    f"{HOST_LINK / 1e9:.0f} GB/s to it for each GPU, one after the other",
     "FLOPs count full (bidirectional) attention and the head; MFU counts none that are computed twice, and "
     "takes the peak rate of precision.dtype, also where layers are in FP8",
 )
@@ -200,11 +203,17 @@ def _data_parallel(shape: Shape, layout: Layout, gpu: Gpu) -> tuple[float, float
 
 
 def _optimizer_seconds(shape: Shape, layout: Layout, gpu: Gpu) -> float:
-    """Bound by memory: gradient, master weight, moments are read, all but the gradient written; the EMA."""
+    """Bound by memory: gradient, master weight, moments are read, all but the gradient written; the EMA.
+
+    What is offloaded passes the host's memory instead; its gradient crosses the link, its weight comes back.
+    """
     parameters = max(rank_parameters(shape, layout, stage) for stage in (0, layout.pp - 1))
-    shards = layout.dp * layout.cp if shape.distributed_optimizer else 1
-    owned = 4 + 4 + 12 + 12 + shape.bytes + (12 if shape.ema else 0)  # the first 4: the gradient's norm
-    return parameters * (owned / shards + 4) / (gpu.memory_bandwidth * MEMORY_EFFICIENCY)
+    owned = parameters / optimizer_shards(shape, layout)
+    updated = 4 + 12 + 12 + (12 if shape.ema else 0)
+    on_gpu = owned * (1 - shape.offloaded) * (updated + shape.bytes)
+    norm_and_zero = 4 * owned + 4 * parameters  # of the gradients
+    on_host = owned * shape.offloaded * (updated / HOST_MEMORY + (4 + shape.bytes) / HOST_LINK)
+    return (on_gpu + norm_and_zero) / (gpu.memory_bandwidth * MEMORY_EFFICIENCY) + on_host
 
 
 def _send(sent: float, calls: int, stride: int, ranks: int, gpu: Gpu) -> float:

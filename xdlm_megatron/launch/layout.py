@@ -34,7 +34,7 @@ class Shape:
 
     masks_only: uniform_ratio is 0. batch_unit: divides every batch of a ramp-up; global_batch without one.
     engine: the recipe asks for Transformer Engine's layers. fp8_layers: those whose products are in FP8.
-    multiple: of all sides of a product, and of a sequence.
+    multiple: of all sides of a product, and of a sequence. offloaded: share of the optimizer on the CPU.
     """
 
     num_layers: int
@@ -52,6 +52,7 @@ class Shape:
     masked: bool
     dtype: str
     distributed_optimizer: bool
+    offloaded: float
     ema: bool
     masks_only: bool
     global_batch: int
@@ -66,7 +67,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: RunConfig) -> Shape:
-        model, data, precision = config.model, config.data, config.precision
+        model, data, precision, optimizer = config.model, config.data, config.precision, config.optimizer
         in_bf16 = precision.num_layers_at_start_in_bf16 + precision.num_layers_at_end_in_bf16
         return cls(
             num_layers=model.num_layers,
@@ -83,8 +84,9 @@ class Shape:
             dropout=model.hidden_dropout > 0,
             masked=keeps_documents_apart(data),
             dtype=config.precision.dtype,
-            distributed_optimizer=config.optimizer.use_distributed_optimizer,
-            ema=config.optimizer.ema_decay > 0,
+            distributed_optimizer=optimizer.use_distributed_optimizer,
+            offloaded=optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0,
+            ema=optimizer.ema_decay > 0,
             masks_only=config.diffusion.uniform_ratio == 0,
             global_batch=config.train.global_batch_size,
             batch_unit=math.gcd(config.train.global_batch_size, *(config.train.rampup_batch_size or ())[:2]),

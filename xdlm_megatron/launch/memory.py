@@ -16,7 +16,7 @@ from xdlm_megatron.launch.gpus import GIB
 from xdlm_megatron.launch.layout import FUSED_CHUNK, Layout, Shape
 
 RESERVE = 3 * GIB  # CUDA context, NCCL, cuBLAS workspaces, fragmentation
-MAIN, MOMENTS, AVERAGE = 4, 8, 4  # float32 bytes a parameter
+MAIN, MOMENTS, GRADIENT, AVERAGE = 4, 8, 4, 4  # float32 bytes a parameter
 
 
 @dataclass(frozen=True)
@@ -44,19 +44,31 @@ def stage_memory(shape: Shape, layout: Layout) -> Memory:
 
 def _of_stage(shape: Shape, layout: Layout, stage: int) -> Memory:
     parameters = rank_parameters(shape, layout, stage)
-    shards = layout.dp * layout.cp if shape.distributed_optimizer else 1
+    on_gpu = parameters / optimizer_shards(shape, layout) * (1 - shape.offloaded)
     main = MAIN if shape.dtype == "bfloat16" else 0  # float32 weights are their own master
     last = stage == layout.pp - 1
     layer = layer_activations(shape, layout, "none")
     return Memory(
         weights=parameters * shape.bytes + fp8_copies(shape, layout),
-        gradients=parameters * 4,
-        optimizer=parameters * (main + MOMENTS) / shards,
-        ema=parameters * AVERAGE / shards if shape.ema else 0,
+        gradients=parameters * GRADIENT,
+        optimizer=on_gpu * (main + MOMENTS),
+        ema=on_gpu * AVERAGE if shape.ema else 0,
         activations=stage_activations(shape, layout, stage),
         working=layer * (2 if layout.recompute == "full" else 1),
         head_and_loss=head_bytes(shape, layout) if last else 0,
     )
+
+
+def host_bytes(shape: Shape, layout: Layout) -> float:
+    """Of the CPU's memory for one GPU: offloaded float32 weights, moments, gradients and averages."""
+    parameters = max(rank_parameters(shape, layout, stage) for stage in (0, layout.pp - 1))
+    each = MAIN + MOMENTS + GRADIENT + (AVERAGE if shape.ema else 0)
+    return parameters / optimizer_shards(shape, layout) * shape.offloaded * each
+
+
+def optimizer_shards(shape: Shape, layout: Layout) -> int:
+    """Processes that share the optimizer's state of a parameter."""
+    return layout.dp * layout.cp if shape.distributed_optimizer else 1
 
 
 def rank_parameters(shape: Shape, layout: Layout, stage: int) -> int:

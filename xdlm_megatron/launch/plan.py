@@ -12,7 +12,7 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.launch.cost import Step, step_cost
 from xdlm_megatron.launch.gpus import GIB, GPUS, Gpu
 from xdlm_megatron.launch.layout import Layout, Shape, all_layouts, not_priced, recipe_layout
-from xdlm_megatron.launch.memory import Memory, stage_memory
+from xdlm_megatron.launch.memory import Memory, host_bytes, stage_memory
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ def to_json(plan: Plan) -> str:
             "fits": found.fits,
             "spare_bytes": found.spare,
             "memory_bytes": dataclasses.asdict(found.memory) | {"total": found.memory.total},
+            "host_memory_bytes": host_bytes(plan.shape, found.layout),
             "step": dataclasses.asdict(found.step) | {"seconds_total": found.step.seconds.total},
         }
 

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from xdlm_megatron.launch.cost import ASSUMPTIONS, Step
 from xdlm_megatron.launch.gpus import GIB
 from xdlm_megatron.launch.layout import RECOMPUTES, FuseHead, Layout
-from xdlm_megatron.launch.memory import RESERVE, Memory, head_bytes, stage_memory
+from xdlm_megatron.launch.memory import RESERVE, Memory, head_bytes, host_bytes, stage_memory
 from xdlm_megatron.launch.plan import Candidate, Plan
 from xdlm_megatron.tracking.console import with_unit
 
@@ -81,6 +81,11 @@ def _own_layout(plan: Plan, own: Candidate) -> list[str]:
         f"{own.spare / GIB:.2f} to spare" if own.fits else f"DOES NOT FIT: {-own.spare / GIB:.2f} GiB missing"
     )
     lines.append(f"    {'total':14} {memory.total / GIB:8.2f}   {state}")
+    if plan.shape.offloaded:
+        host = host_bytes(plan.shape, layout) / GIB
+        lines.append(
+            f"  memory of the CPU for it: {host:.2f} GiB, {plan.shape.offloaded:.0%} of the optimizer"
+        )
     return lines + _step_lines(own.step)
 
 

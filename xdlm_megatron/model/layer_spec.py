@@ -63,12 +63,20 @@ def build_block_spec(
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
-def who_computes(config: TransformerConfig, masked: bool) -> str:
-    """One line: which of Transformer Engine, apex and PyTorch does what in this process, and why."""
+def who_computes(config: TransformerConfig, masked: bool, offloaded: float = 0.0) -> str:
+    """One line: which of Transformer Engine, apex and PyTorch does what in this process, and why.
+
+    Args:
+        masked: attention stays within documents.
+        offloaded: share of the optimizer that is the CPU's.
+    """
     engine, apex_ = transformer_engine(), apex()
     by = {True: "Transformer Engine", False: "PyTorch"}
     by_engine = config.transformer_impl == "transformer_engine"
     adam = "Transformer Engine" if ADAM in engine.parts else "apex" if ADAM in apex_.parts else "PyTorch"
+    if offloaded:
+        rest = f", the rest by {adam}" if offloaded < 1 else ""
+        adam = f"PyTorch on the CPU for {offloaded:.0%} of the weights{rest}"
     sums = "apex" if FUSION in apex_.parts else "PyTorch"
     if by_engine:
         sums = f"Transformer Engine, the head's {sums}"

@@ -12,13 +12,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import MegatronModule
 
 from xdlm_megatron.config.schema import ConstantLr, LrSchedule, Optimizer, WsdLr
+from xdlm_megatron.optim.offload import make_resumable, offload_fields
 from xdlm_megatron.parallel.mesh import Mesh
 
 
 def build_optimizer(
     section: Optimizer, schedule: LrSchedule, chunks: list[MegatronModule], mesh: Mesh
 ) -> MegatronOptimizer:
-    """AdamW over the wrapped model chunks, float32 master weights, sharded over data parallel if asked."""
+    """AdamW over the wrapped model chunks, float32 master weights, sharded over data parallel if asked.
+
+    Raises:
+        ValueError: it is to be offloaded, and this process cannot.
+    """
     transformer = chunks[0].config
     config = OptimizerConfig(
         optimizer="adam",
@@ -33,14 +38,17 @@ def build_optimizer(
         params_dtype=transformer.params_dtype,
         fp8_recipe=transformer.fp8_recipe if transformer.fp8 else None,
         use_distributed_optimizer=section.use_distributed_optimizer,
+        **offload_fields(section),
     )
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         config,
         chunks,
         config_overrides=get_standard_config_overrides(config),  # norms: weight decay times 0
         use_gloo_process_groups=False,
         pg_collection=mesh.groups,
     )
+    make_resumable(optimizer)
+    return optimizer
 
 
 def build_lr_schedule(

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 from torch.nn import Parameter
 
+from xdlm_megatron.optim.offload import inner_optimizers, master_weight
 from xdlm_megatron.parallel.mesh import Mesh
 
 KEY = "ema"
@@ -24,9 +26,12 @@ KEY = "ema"
 
 @dataclass
 class _Shard:
-    """The piece [start, end) of a flattened parameter whose master weights this process updates."""
+    """The piece [start, end) of a flattened parameter whose master weights this process updates.
 
-    main: Tensor
+    main() is where they are now: the CPU's memory, if the optimizer is offloaded, and then the average too.
+    """
+
+    main: Callable[[], Tensor]
     average: Tensor
     start: int
     end: int
@@ -45,7 +50,7 @@ class Ema:
         self.num_updates = 0
         self._group = mesh.groups.dp_cp
         self._parameters = [p for chunk in chunks for p in chunk.parameters()]
-        self._sharded = any(isinstance(inner, DistributedOptimizer) for inner in _inner(optimizer))
+        self._sharded = any(isinstance(inner, DistributedOptimizer) for inner in inner_optimizers(optimizer))
         self._shards = _find_shards(optimizer, self._parameters)
 
     @property
@@ -58,7 +63,7 @@ class Ema:
         """Begins anew from the weights as they are."""
         self.num_updates = 0
         for shard in self._shards.values():
-            shard.average.copy_(shard.main.detach().view(-1))
+            shard.average.copy_(shard.main().detach().view(-1))
 
     @torch.no_grad()
     def update(self) -> None:
@@ -66,7 +71,7 @@ class Ema:
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         averages = [shard.average for shard in self._shards.values()]
-        weights = [shard.main.detach().view(-1) for shard in self._shards.values()]
+        weights = [shard.main().detach().view(-1) for shard in self._shards.values()]
         if averages:
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
@@ -146,23 +151,19 @@ def _room_for(parameter: Parameter) -> Tensor:
     return torch.empty(parameter.shape, dtype=torch.float32, device=parameter.device)
 
 
-def _inner(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    return optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-
-
 def _find_shards(optimizer: MegatronOptimizer, parameters: list[Parameter]) -> dict[Parameter, _Shard]:
     shards = {}
-    for inner in _inner(optimizer):
+    for inner in inner_optimizers(optimizer):
         if isinstance(inner, DistributedOptimizer):
             for parameter, (group, order) in inner.model_param_group_index_map.items():
-                main = inner.optimizer.param_groups[group]["params"][order]
+                main = partial(master_weight, inner, group, order)
                 owned = inner._get_model_param_range_map(parameter)["param"]
-                shards[parameter] = _Shard(main, _copy(main), owned.start, owned.end)
+                shards[parameter] = _Shard(main, _copy(main()), owned.start, owned.end)
             return shards
     for parameter in parameters:
         main = getattr(parameter, "main_param", None)
         main = parameter if main is None else main
-        shards[parameter] = _Shard(main, _copy(main), 0, parameter.numel())
+        shards[parameter] = _Shard(lambda main=main: main, _copy(main), 0, parameter.numel())
     return shards
 
 

@@ -270,7 +270,7 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
         [
             f"{config.run.name} {start}: uniform_ratio {config.diffusion.uniform_ratio}, "
             f"{derived.num_parameters / 1e6:.1f}M parameters, {_bits(config)} on {run.mesh.device.type}",
-            f"  {who_computes(run.chunks[0].config, keeps_documents_apart(config.data))}",
+            f"  {_who_computes(run)}",
             f"  loss by {run.kernels.reason}",
             f"  layout: tensor {parallel.tensor_model_parallel_size} x pipeline "
             f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data "
@@ -280,6 +280,12 @@ def describe(run: Run, state: TrainState, peak_source: str) -> str:
             f"{run.step.samples.dataset.summary}; MFU against: {peak_source}",
         ]
     )
+
+
+def _who_computes(run: Run) -> str:
+    optimizer, masked = run.config.optimizer, keeps_documents_apart(run.config.data)
+    offloaded = optimizer.optimizer_offload_fraction if optimizer.optimizer_cpu_offload else 0.0
+    return who_computes(run.chunks[0].config, masked, offloaded)
 
 
 def _bits(config: RunConfig) -> str:

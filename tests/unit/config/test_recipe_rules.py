@@ -330,6 +330,18 @@ CONTRADICTIONS = [
         id="graphs of another maker",
     ),
     pytest.param(
+        {"optimizer.optimizer_offload_fraction": 0.5},
+        ["optimizer.optimizer_offload_fraction=0.5", "optimizer.optimizer_cpu_offload=true"],
+        {"optimizer.optimizer_cpu_offload": True, "precision.dtype": "bfloat16"},
+        id="a share of nothing",
+    ),
+    pytest.param(
+        {"optimizer.optimizer_cpu_offload": True},
+        ["optimizer.optimizer_cpu_offload=true", "precision.dtype=bfloat16", "got float32"],
+        {"precision.dtype": "bfloat16"},
+        id="offload of float32",
+    ),
+    pytest.param(
         GRAPHS | {"parallel.pipeline_model_parallel_size": 2},
         ["model.mcore.cuda_graph_impl=local", "parallel.pipeline_model_parallel_size must be 1"],
         {"parallel.pipeline_model_parallel_size": 1},

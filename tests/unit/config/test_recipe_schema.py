@@ -26,7 +26,10 @@ NEEDS = {
     "num_layers_at_start_in_bf16": {"dtype": "bfloat16", "fp8": "e4m3"},
     "num_layers_at_end_in_bf16": {"dtype": "bfloat16", "fp8": "e4m3"},
     "overlap_param_gather": {"overlap_grad_reduce": True},
+    "optimizer_offload_fraction": {"optimizer_cpu_offload": True},
 }
+BF16 = {"precision": {"dtype": "bfloat16"}}
+NEEDS_SECTIONS = {"optimizer_cpu_offload": BF16, "optimizer_offload_fraction": BF16}
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 FILES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 EXAMPLES = [path for path in FILES if "\nsweep:" not in path.read_text()]
@@ -159,7 +162,7 @@ def test_another_value_survives_dump_and_load(
     start = (base or recipe.get(section, {})) | NEEDS.get(name, {})
     path = tmp_path / "recipe.yaml"
     for value in other_values(hint):
-        tree = changed({section: {**start, name: value}})
+        tree = changed({section: {**start, name: value}, **NEEDS_SECTIONS.get(name, {})})
         try:
             config = build_config(tree)
         except ConfigError:

@@ -33,6 +33,12 @@ def test_pytorch_computes_all_and_a_line_says_so(impl: str) -> None:
     )
 
 
+def test_the_line_says_what_the_cpu_updates() -> None:
+    config = transformer(**BF16)
+    assert "Adam by PyTorch on the CPU for 100% of the weights, sums" in who_computes(config, False, 1.0)
+    assert "CPU for 50% of the weights, the rest by PyTorch, sums" in who_computes(config, False, 0.5)
+
+
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
