@@ -67,8 +67,8 @@ def test_steps_of_an_outage_are_those_within_its_span() -> None:
 
 
 @needs_peak
-@pytest.mark.parametrize("impl", ["dense", "ours"])
-def test_both_ways_of_sampling(impl: str) -> None:
+@pytest.mark.parametrize("impl", ["dense", "ancestral", "saber"])
+def test_ways_of_sampling(impl: str) -> None:
     sampling = importlib.import_module("sampling")
     sizes = {"layers": 1, "hidden": 16, "vocab": 256, "tokens": 16, "batch": 2, "steps": 2}
     row = sampling.measure(argparse.Namespace(**sizes, threads=1, dtype="float32", impl=impl))
