@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.unit.model.small import small_config
-from xdlm_megatron.config.schema import AncestralSampler, ConfidenceSampler
+from xdlm_megatron.config.schema import AncestralSampler, ConfidenceSampler, Sampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.evaluation import generation
@@ -23,6 +26,7 @@ from xdlm_megatron.evaluation.generation import (
 )
 from xdlm_megatron.model.build import build_model
 from xdlm_megatron.parallel.mesh import Mesh
+from xdlm_megatron.samplers import SAMPLERS, sample
 
 V, MASK, S = 20, 19, 15
 PROMPT = [3, 1, 4, 1]
@@ -143,6 +147,40 @@ def test_only_chosen_rows_meet_the_head(dtype: str, mesh: Mesh, monkeypatch: pyt
     assert torch.cat(asked).tolist() == list(range(1, 36, 3))
     assert torch.equal(ids_BS, torch.where(chosen_BS, zt_BS + 1000, zt_BS))
     assert torch.equal(zt_BS, torch.arange(36).view(3, 12))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements of a storage that an operator returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.untyped_storage().nbytes() // x.element_size())
+        return out
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_no_sampler_makes_logits_of_all_positions(
+    kind: str, top_p: float, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """[B, L, V] has 262144 elements. The largest tensor is the head's weight, a quarter of that."""
+    B, L, vocab, H = 2, 32, 4096, 16
+    config = small_config(
+        model={"hidden_size": H, "num_attention_heads": 2, "zero_init_head": False},
+        data={"seq_length": L, "vocab_size": vocab, "mask_id": vocab - 1},
+    )
+    monkeypatch.setitem(generation.CHUNK_ELEMENTS, "cpu", 4 * vocab)
+    denoise = build_denoiser(build_model(config, mesh), mesh)
+    few = {"min_tokens": 16} if kind == "saber" else {"num_steps": 2}
+    settings = TypeAdapter(Sampler).validate_python({"kind": kind, "top_p": top_p, **few})
+    rows = (StationaryNoise(0.3, vocab, vocab - 1), LogLinear(), 1, torch.full((B, L), -1))
+    with LargestTensor() as seen:
+        sample(denoise, settings, *rows)
+    assert seen.elements == H * vocab < B * L * vocab / 3
 
 
 def test_hidden_states_give_the_ids_of_logits(mesh: Mesh) -> None:
