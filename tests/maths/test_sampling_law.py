@@ -15,7 +15,7 @@ from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.schedule import LogLinear
-from xdlm_megatron.diffusion.token_race import Counters, draw_shard
+from xdlm_megatron.diffusion.token_race import ChosenRows, Counters, draw_shard
 from xdlm_megatron.samplers import sample
 
 ROWS, LENGTH = 200, 250
@@ -78,7 +78,7 @@ def test_tokens_of_a_large_vocabulary_follow_the_float64_law(size, columns, dtyp
     logits = logits.to(dtype)
     index = torch.zeros(draws, dtype=torch.int64)
     counters = Counters(KEY, 0, torch.arange(draws), index)
-    _, ids, signal = draw_shard(logits[None], index, index + 7, counters, Shard(noise))
+    _, ids, signal = draw_shard(ChosenRows(logits[None], index, index + 7, counters, Shard(noise)))
     p = law_of(logits, noise)
     order = p.argsort(descending=True)
     classes = torch.empty_like(order)

@@ -19,7 +19,7 @@ from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Prediction, most_probable
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.schedule import LogLinear
-from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Counters
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, ChosenRows, Counters
 from xdlm_megatron.kernels.build import find_cxx
 from xdlm_megatron.kernels.library import load_host
 from xdlm_megatron.kernels.posterior import posterior_draw
@@ -76,7 +76,7 @@ def draws(rank, tp, group):
 
 
 def kernel_draws(rank, tp, group, twin=False):
-    """Ids, keys and x of z_t by the kernels on the host: of all of p, and of nuclei by surveys."""
+    """Ids, keys and x of z_t by the kernels on the host: of all of p, and of nuclei, by surveys if tp > 1."""
     draw = REFERENCE_DRAW if twin else posterior_draw(load_host())
     logits, zt, noise = case(*SHAPES[0], torch.bfloat16, distinct=24)
     P = logits.shape[1] // tp
@@ -86,7 +86,7 @@ def kernel_draws(rank, tp, group, twin=False):
     for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (0.7, 0.5)):
         shard = logits[:, rank * P : (rank + 1) * P].contiguous()
         named = (shard, rows, zt[0, : len(rows)], counters, Shard(noise, rank * P))
-        key, ids, x = draw_tokens(draw, *named, temperature, top_p, group)
+        key, ids, x = draw_tokens(draw, ChosenRows(*named, temperature), top_p, group)
         found += [ids.double()] if twin else [ids.double(), key, x]
     return torch.stack(found)
 

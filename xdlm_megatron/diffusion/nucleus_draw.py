@@ -2,9 +2,10 @@
 
 All tokens' clocks run as they do without a nucleus, and the first of its tokens to ring wins: so its law is p
 cut to the nucleus, and a winner among all tokens that lies in the nucleus wins there too. A tile whose first
-ring is outside goes on with its other clocks. There are two ways to the same tokens: to find the nucleus and
-to draw from it, which reads the rows several times; or one read, a survey (survey.py), and the first way for
-the few rows of which that cannot tell.
+ring is outside goes on with its other clocks. There are three ways to the same tokens: to find the nucleus
+and to draw from it, which reads the rows several times; a kernel that does so with one read, where one rank
+has the whole vocabulary; or on several ranks one read, a survey (survey.py), and the first way for the few
+rows of which that cannot tell.
 
 Shape suffixes: N rows of logits, M rows at work, C rows of a chunk, P vocabulary shard, T tiles of it, W
 tiles wherever they are, L those of them that go on, R ranks.
@@ -14,11 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xdlm_megatron.diffusion.nucleus import Nucleus, find_nucleus
-from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE, shard_rows, winner_of_ranks
+from xdlm_megatron.diffusion.nucleus import find_nucleus
+from xdlm_megatron.diffusion.shard_rows import TILE, shard_rows, winner_of_ranks
 from xdlm_megatron.diffusion.survey import settle
 from xdlm_megatron.diffusion.token_race import (
+    ChosenRows,
     Counters,
     Draw,
     first_columns,
@@ -30,34 +31,23 @@ from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 
 def draw_tokens(
-    draw: Draw,
-    logits_NP: Tensor,
-    index_M: Tensor,
-    zt_M: Tensor,
-    counters: Counters,
-    shard: Shard,
-    temperature: float,
-    top_p: float,
-    group: dist.ProcessGroup | None,
+    draw: Draw, chosen: ChosenRows, top_p: float, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(key, id, x of z_t) of each row, the same on every rank of the group: float64, int64, float64, [M].
 
-    Arguments as of token_race.draw_shard; top_p in (0, 1], 1 is all of p. x is -inf where z_t is the mask or
-    outside the nucleus. Raises ValueError on NaN.
+    top_p in (0, 1], 1 is all of p. x is -inf where z_t is the mask or outside the nucleus. Raises ValueError
+    on NaN.
     """
-    rows = (logits_NP, index_M, zt_M, counters, shard, temperature)
     if top_p == 1:
-        return _winners(draw.shard(*rows), group)
-    scale = LOG2_E / temperature
-    survey = None if draw.survey is None else draw.survey(*rows)
+        return _winners(draw.shard(chosen), group)
+    if (group is None or group.size() == 1) and (share_3M := draw.nucleus(chosen, top_p)) is not None:
+        return _winners(share_3M, None)
+    survey = draw.survey(chosen)
     if survey is None:
-        key_M, token_M = index_M.new_empty(len(index_M), dtype=torch.float64), torch.empty_like(index_M)
-        x_M, open_M = torch.empty_like(key_M), torch.ones_like(index_M, dtype=torch.bool)
-    else:
-        key_M, token_M, x_M, open_M = settle(survey, scale, top_p, group)
+        return _winners(draw_share(chosen, top_p, group), group)
+    key_M, token_M, x_M, open_M = settle(survey, chosen.scale, top_p, group)
     if len(rest := open_M.nonzero()[:, 0]):
-        nucleus = find_nucleus(logits_NP, index_M[rest], shard, temperature, top_p, group)
-        share_3M = draw_share(logits_NP, index_M[rest], zt_M[rest], counters[rest], shard, scale, nucleus)
+        share_3M = draw_share(chosen.only(rest), top_p, group)
         key_M[rest], token_M[rest], x_M[rest] = _winners(share_3M, group)
     return key_M, token_M, x_M
 
@@ -68,16 +58,11 @@ def _winners(share_3M: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor,
     return *winner_of_ranks(shares_R3M), shares_R3M[:, 2].amax(0)
 
 
-def draw_share(
-    logits_NP: Tensor,
-    index_M: Tensor,
-    zt_M: Tensor,
-    counters: Counters,
-    shard: Shard,
-    scale: float,
-    nucleus: Nucleus,
-) -> Tensor:
-    """As token_race.draw_shard, of the nucleus alone."""
+def draw_share(chosen: ChosenRows, top_p: float, group: dist.ProcessGroup | None) -> Tensor:
+    """As token_race.draw_shard, of the nucleus alone: several reads of each row."""
+    logits_NP, index_M, zt_M, counters, shard, temperature = chosen
+    scale = chosen.scale
+    nucleus = find_nucleus(logits_NP, index_M, shard, temperature, top_p, group)
     draw_3M = torch.empty(3, len(index_M), dtype=torch.float64, device=logits_NP.device)
     for rows, x_CP in shard_rows(logits_NP, index_M, shard):
         held_CP = nucleus[rows].holds(x_CP, shard.first_id)

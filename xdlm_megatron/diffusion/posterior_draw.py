@@ -31,6 +31,7 @@ from xdlm_megatron.diffusion.token_race import (
     NOISE_DRAW,
     REFERENCE_DRAW,
     STAY_DRAW,
+    ChosenRows,
     Counters,
     Draw,
     exponential,
@@ -90,8 +91,8 @@ class ReverseStep:
         """
         shard = tiled_shard(logits_NP.shape[1], self.noise, group)
         z_M, counters = zt_BS.flatten()[at_M], self.counters(at_M, zt_BS.shape[1])
-        rows = (logits_NP, index_M, z_M, counters, shard)
-        key_M, token_M, x_M = draw_tokens(self.draw, *rows, self.temperature, self.top_p, group)
+        chosen = ChosenRows(logits_NP, index_M, z_M, counters, shard, self.temperature)
+        key_M, token_M, x_M = draw_tokens(self.draw, chosen, self.top_p, group)
         component_M = _jump_uniforms(counters)[1]
         new_M = torch.where(component_M < self.alpha_s, token_M, self._noise_ids(counters, component_M))
         floor = self.noise.floor(self.alpha_t, 1 - self.alpha_t)

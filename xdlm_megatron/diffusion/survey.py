@@ -3,10 +3,9 @@
 With y = l log2(e) / temperature, a logit's level is floor(y) and its bin a sixteenth of that. A survey keeps
 for each bin its mass, in integers, so that no order of summation matters, and the first of its tokens to ring
 in the race of token_race.py. The masses of all ranks then tell the bin in which the nucleus ends; all bins
-above it lie inside. Where none of its tokens rings before theirs, or there is one token alone, the winner is
-known (`settle`); else the search of nucleus.py must tell: of Gaussian logits of std 2, top_p = 0.9 and V =
-131072 in one of 200 rows, in more where few values, as coarse as bfloat16's, carry the nucleus. Mass is right
-to 2^-17 of itself, and with it the end of a nucleus.
+above it lie inside. Where none of its tokens rings before theirs, or none fits, the winner is known
+(`settle`); else the search of nucleus.py must tell, which one rank alone has done in its first read already
+(kernels/csrc/posterior_nucleus.cu). Mass is right to 2^-16 of itself, and with it the end of a nucleus.
 
 Shape suffixes: M rows at work, R ranks, S slots, D bins from the most probable one down.
 """
@@ -22,7 +21,7 @@ from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 BINS_A_LEVEL, SLOTS = 16, 512  # 32 levels: what is less than 2^-31 as probable as the first is in no nucleus
 LARGEST = 2.0**17  # of |y|: what is beyond counts as there
-ID_BITS, KEY_UNIT, NO_KEY = 20, 2.0**-22, -(1 << 63)
+MASS_BITS, ID_BITS, KEY_UNIT, NO_KEY = 15, 20, 2.0**-22, -(1 << 63)
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Survey:
 
     def downwards(self, top_bin_M: Tensor, own_bin_M: Tensor) -> tuple[Tensor, Tensor]:
         """mass and best of the bins top_bin_M, top_bin_M - 1, ... [M, D]; own_bin_M: this shard's largest."""
-        bin_MD = _downwards_from(top_bin_M)
+        bin_MD = downwards_from(top_bin_M)
         slot_MD, empty_MD = bin_MD % SLOTS, bin_MD > own_bin_M[:, None]
         mass_MD, best_MD = (x_MS.gather(1, slot_MD) for x_MS in (self.mass_MS, self.best_MS))
         return mass_MD.masked_fill_(empty_MD, 0), best_MD.masked_fill_(empty_MD, NO_KEY)
@@ -53,14 +52,53 @@ def unpack(best_M: Tensor) -> tuple[Tensor, Tensor]:
     return (best_M >> ID_BITS).double() * KEY_UNIT, largest_id - (best_M & largest_id)
 
 
+def places_of(logits: Tensor, scale: float) -> Tensor:
+    """y: float32."""
+    return (logits.float() * scale).clamp_(-LARGEST, LARGEST)
+
+
 def bins_of(logits: Tensor, scale: float) -> Tensor:
     """float32 -> int64. scale: log2(e) / temperature."""
-    y = (logits * scale).clamp(-LARGEST, LARGEST)
-    return (BINS_A_LEVEL * y - 0.5).round().long()
+    return (BINS_A_LEVEL * places_of(logits, scale) - 0.5).round_().long()
 
 
-def _downwards_from(bin_M: Tensor) -> Tensor:
+def masses_of(logits: Tensor, scale: float) -> Tensor:
+    """2^(y - level) in units of 2^-15: int64."""
+    level = bins_of(logits, scale) // BINS_A_LEVEL
+    above = (places_of(logits, scale) - level).double()  # float32's exp2 depends on an element's place
+    return above.exp2_().mul_(2.0**MASS_BITS).round_().long()
+
+
+def downwards_from(bin_M: Tensor) -> Tensor:
+    """bin, bin - 1, ...: [M, D]."""
     return bin_M[:, None] - torch.arange(SLOTS, device=bin_M.device)
+
+
+@dataclass(frozen=True)
+class End:
+    """Of M rows: the bin in which the nucleus ends, its mass, and how much of that still fits (less than it),
+    in units of its level; whether it is the most probable token's.
+    """
+
+    bin_M: Tensor
+    mass_M: Tensor
+    room_M: Tensor
+    is_first_M: Tensor
+
+
+def find_end(mass_MD: Tensor, top_bin_M: Tensor, top_p: float) -> End:
+    """mass_MD: of all ranks, of the bins from top_bin_M down. In integers of at most 2^52."""
+    level_MD = downwards_from(top_bin_M) // BINS_A_LEVEL
+    below_MD = level_MD[:, :1] - level_MD
+    down_MD = ((mass_MD << MASS_BITS) >> below_MD).cumsum(1)
+    total_M = down_MD[:, -1]
+    budget_M = torch.minimum((total_M.double() * top_p).long(), total_M - 1)
+    end_M1 = (down_MD <= budget_M[:, None]).sum(1, keepdim=True)
+    before_M = torch.nn.functional.pad(down_MD, (1, 0)).gather(1, end_M1)[:, 0]
+    # the largest mass whose share of the total, rounded down, still fits
+    room_M = (((budget_M - before_M + 1) << below_MD.gather(1, end_M1)[:, 0]) - 1) >> MASS_BITS
+    mass_M, at_M = mass_MD.gather(1, end_M1)[:, 0], end_M1[:, 0]
+    return End(top_bin_M - at_M, mass_M, room_M, at_M == 0)
 
 
 def settle(
@@ -68,7 +106,7 @@ def settle(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(key, id, x of z_t, bool: the survey cannot tell), [M]. In the last case the others have no meaning.
 
-    As nucleus_draw.draw_in_nucleus. Three messages: 8 bytes a row, 4 KiB, 16 bytes.
+    As nucleus_draw.draw_tokens. Three messages: 8 bytes a row, 4 KiB, 16 bytes.
     """
     top_M, zt_M = gather_ranks(torch.stack([survey.top_M, survey.zt_M]), group).amax(0)
     refuse_nan(top_M)
@@ -76,22 +114,18 @@ def settle(
     mass_MD, best_MD = survey.downwards(top_bin_M, bins_of(survey.top_M, scale))
     if group is not None:
         dist.all_reduce(mass_MD, group=group)
-    bin_MD = _downwards_from(top_bin_M)
-    level_MD = torch.exp2((bin_MD // BINS_A_LEVEL - top_bin_M[:, None] // BINS_A_LEVEL).double())
-    down_MD = (mass_MD * level_MD).cumsum(1)
-    total_M = down_MD[:, -1]
-    budget_M = torch.minimum(top_p * total_M, total_M.nextafter(torch.zeros_like(total_M)))
-    end_M1 = (down_MD <= budget_M[:, None]).sum(1, keepdim=True)
-    end_bin_M, first_M = top_bin_M - end_M1[:, 0], end_M1[:, 0] == 0
+    end = find_end(mass_MD, top_bin_M, top_p)
     # one token's mass is at most 2^(1/16) of that at the bin's lower end, that of two at least twice
-    lower_M = 2.0**15 * torch.exp2(end_bin_M.double() % BINS_A_LEVEL / BINS_A_LEVEL)
-    alone_M = mass_MD.gather(1, end_M1)[:, 0] < 1.5 * lower_M
-    only_M = first_M & alone_M  # the most probable token is the nucleus
+    lower_M = 2.0**MASS_BITS * torch.exp2(end.bin_M.double() % BINS_A_LEVEL / BINS_A_LEVEL)
+    alone_M = end.mass_M < 1.5 * lower_M
+    only_M = end.is_first_M & alone_M  # the most probable token is the nucleus
+    none_M = ~end.is_first_M & (alone_M | (end.room_M < 0.9 * lower_M))
     best_MD = best_MD.cummax(1).values
+    end_M1 = (top_bin_M - end.bin_M)[:, None]
     above_M, with_M = (best_MD.gather(1, at_M1)[:, 0] for at_M1 in ((end_M1 - 1).clamp_min(0), end_M1))
-    best_2M = torch.stack([above_M.masked_fill(first_M, NO_KEY), with_M])
+    best_2M = torch.stack([above_M.masked_fill(end.is_first_M, NO_KEY), with_M])
     above_M, with_M = gather_ranks(best_2M, group).amax(0)
     key_M, token_M = unpack(torch.where(only_M, with_M, above_M))
-    at_end_M = zt_bin_M == end_bin_M
-    x_M = torch.where((zt_bin_M > end_bin_M) | (at_end_M & only_M), zt_M.double() * scale, -torch.inf)
-    return key_M, token_M, x_M, ~alone_M & ((with_M > above_M) | at_end_M)
+    at_end_M = zt_bin_M == end.bin_M
+    x_M = torch.where((zt_bin_M > end.bin_M) | (at_end_M & only_M), zt_M.double() * scale, -torch.inf)
+    return key_M, token_M, x_M, ~(only_M | none_M) & ((with_M > above_M) | at_end_M)

@@ -25,7 +25,7 @@ from xdlm_megatron.diffusion.shard_rows import (
     tiled_shard,
     winner_of_ranks,
 )
-from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Counters, Draw
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, ChosenRows, Counters, Draw
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 UNIT_BITS = 40  # V 2^40 fits in int64 up to V = 2^23
@@ -62,8 +62,8 @@ class TokenDraw:
         z_M = self.z_BS.flatten()[at_M]
         top_M, token_M = winner_of_ranks(gather_ranks(best_shard(*rows, shard), group))
         if self.temperature > 0:
-            named = (*rows, z_M, self.counters(at_M), shard)
-            _, token_M, _ = draw_tokens(self.draw, *named, self.temperature, self.top_p, group)
+            chosen = ChosenRows(*rows, z_M, self.counters(at_M), shard, self.temperature)
+            _, token_M, _ = draw_tokens(self.draw, chosen, self.top_p, group)
         own_2M = torch.stack([logits_of(*rows, ids_M, shard) for ids_M in (token_M, z_M)])
         share_2M = _shares(gather_ranks(own_2M, group).amax(0), top_M).double()
         return torch.cat([token_M[None].double(), share_2M / _mass(*rows, top_M, shard, group)])

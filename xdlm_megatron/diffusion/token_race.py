@@ -19,8 +19,9 @@ tiles wherever they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,60 +58,53 @@ class Counters:
         return Counters(self.key, self.step, self.position_M[rows], self.row_M[rows])
 
 
-class DrawShard(Protocol):
-    """The signature of draw_shard, for another way to compute it."""
+class ChosenRows(NamedTuple):
+    """Rows of a vocabulary shard's logits that tokens are drawn from.
 
-    def __call__(
-        self,
-        logits_NP: Tensor,
-        index_M: Tensor,
-        zt_M: Tensor,
-        counters: Counters,
-        shard: Shard,
-        temperature: float = 1.0,
-    ) -> Tensor: ...
+    logits_NP: any float dtype. index_M: which of its rows, int64. zt_M: int64 global ids. counters: names of
+    the rows' random numbers. shard: its first id is a multiple of 8.
+    """
 
+    logits_NP: Tensor
+    index_M: Tensor
+    zt_M: Tensor
+    counters: Counters
+    shard: Shard
+    temperature: float = 1.0
 
-class SurveyShard(Protocol):
-    """One read of a shard's rows, None where it cannot."""
+    @property
+    def scale(self) -> float:
+        """Of logits to logarithms of base 2."""
+        return LOG2_E / self.temperature
 
-    def __call__(
-        self,
-        logits_NP: Tensor,
-        index_M: Tensor,
-        zt_M: Tensor,
-        counters: Counters,
-        shard: Shard,
-        temperature: float,
-    ) -> Survey | None: ...
+    def only(self, at: Tensor) -> ChosenRows:
+        """Some of the rows."""
+        return self._replace(index_M=self.index_M[at], zt_M=self.zt_M[at], counters=self.counters[at])
 
 
 class Draw(NamedTuple):
-    """Who reads the logits for a sampling step. Without `survey` a nucleus takes several reads."""
+    """Who reads the logits for a sampling step; `nucleus` and `survey` give None of what they cannot take.
 
-    shard: DrawShard
-    survey: SurveyShard | None = None
+    shard: as draw_shard. nucleus: the same of the first top_p of p, of rows whose vocabulary is whole.
+    survey: what one read of a shard tells of every nucleus (survey.py).
+    """
+
+    shard: Callable[[ChosenRows], Tensor]
+    nucleus: Callable[[ChosenRows, float], Tensor | None] = lambda rows, top_p: None
+    survey: Callable[[ChosenRows], Survey | None] = lambda rows: None
 
 
-def draw_shard(
-    logits_NP: Tensor,
-    index_M: Tensor,
-    zt_M: Tensor,
-    counters: Counters,
-    shard: Shard,
-    temperature: float = 1.0,
-) -> Tensor:
+def draw_shard(chosen: ChosenRows) -> Tensor:
     """A token of each row from this rank's columns: float64 [3, M], (key, id, x of z_t).
 
-    logits_NP: any float dtype; index_M: which of its rows are drawn from. zt_M: int64 global ids. shard: its
-    first id is a multiple of 8. The key is -inf, and the id without meaning, where the shard has no token of
-    p, and NaN where a logit is; x is -inf where z_t is the mask or another rank's.
+    The key is -inf, and the id without meaning, where the shard has no token of p, and NaN where a logit is;
+    x is -inf where z_t is the mask or another rank's.
     """
+    logits_NP, index_M, zt_M, counters, shard, _ = chosen
     draw_3M = torch.empty(3, len(index_M), dtype=torch.float64, device=logits_NP.device)
-    scale = LOG2_E / temperature
     for rows, x_CP in shard_rows(logits_NP, index_M, shard):
-        draw_3M[2, rows] = pick_column(x_CP, zt_M[rows] - shard.first_id).double() * scale
-        key_CT, weight_CT8, _ = first_rings(x_CP, counters[rows], shard, scale)
+        draw_3M[2, rows] = pick_column(x_CP, zt_M[rows] - shard.first_id).double() * chosen.scale
+        key_CT, weight_CT8, _ = first_rings(x_CP, counters[rows], shard, chosen.scale)
         draw_3M[0, rows], tile_C = key_CT.max(-1)
         weight_C8 = weight_CT8[torch.arange(len(tile_C), device=tile_C.device), tile_C]
         column_C = first_columns(weight_C8, counters[rows], shard.first_id // TILE + tile_C)

@@ -1,4 +1,4 @@
-"""The draw of diffusion/token_race.py and the survey of diffusion/survey.py by csrc/posterior*.cu."""
+"""The draws and the survey of diffusion/token_race.py, nucleus_draw.py and survey.py by csrc/posterior*."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE
+from xdlm_megatron.diffusion.shard_rows import TILE
 from xdlm_megatron.diffusion.survey import SLOTS, Survey
-from xdlm_megatron.diffusion.token_race import Counters, Draw
+from xdlm_megatron.diffusion.token_race import ChosenRows, Draw
 from xdlm_megatron.kernels.library import DTYPES, Library, check_logits
 
 
@@ -31,61 +30,50 @@ def posterior_draw(library: Library) -> Draw:
     """For tensors on the library's device. Logits: float32 or bfloat16, of any alignment.
 
     The keys differ from the twin's by the rounding of float32 logarithms, about 1e-6, and so does one id in
-    about as many draws; so does the end of a nucleus that a survey finds.
+    about as many draws; masses by that of float32 exponentials, a unit of 2^-15 in few tokens.
     """
     kernels = PosteriorKernels(library)
-    return Draw(kernels.shard, kernels.survey)
+    return Draw(kernels.shard, kernels.nucleus, kernels.survey)
 
 
 class PosteriorKernels:
-    """Raises ValueError on tensors that the kernels cannot take."""
+    """The functions of a Draw. They raise ValueError on tensors that the kernels cannot take."""
 
     def __init__(self, library: Library) -> None:
         self._library = library
 
-    def shard(
-        self,
-        logits_NP: Tensor,
-        index_M: Tensor,
-        zt_M: Tensor,
-        counters: Counters,
-        shard: Shard,
-        temperature: float = 1.0,
-    ) -> Tensor:
-        rows, _ids_4M = self._rows(logits_NP, index_M, zt_M, counters, shard, temperature)
-        draw_3M = logits_NP.new_empty(3, len(index_M), dtype=torch.float64)
-        self._library.call("xdlm_posterior_draw", logits_NP.device, rows, draw_3M)
+    def shard(self, chosen: ChosenRows) -> Tensor:
+        rows, _ids_4M = self._rows(chosen)
+        draw_3M = chosen.logits_NP.new_empty(3, len(chosen.index_M), dtype=torch.float64)
+        self._library.call("xdlm_posterior_draw", draw_3M.device, rows, draw_3M)
         return draw_3M
 
-    def survey(
-        self,
-        logits_NP: Tensor,
-        index_M: Tensor,
-        zt_M: Tensor,
-        counters: Counters,
-        shard: Shard,
-        temperature: float,
-    ) -> Survey | None:
-        rows, _ids_4M = self._rows(logits_NP, index_M, zt_M, counters, shard, temperature)
+    def nucleus(self, chosen: ChosenRows, top_p: float, cluster: int = 0) -> Tensor | None:
+        """cluster: blocks a row, 0 for as few as it takes."""
+        rows, _ids_4M = self._rows(chosen)
+        draw_3M = chosen.logits_NP.new_empty(3, len(chosen.index_M), dtype=torch.float64)
+        cluster = cluster or self._library.ask("xdlm_nucleus_cluster", draw_3M.device, rows)
+        if cluster == 0:
+            return None
+        share = ctypes.c_double(top_p)
+        self._library.call("xdlm_posterior_nucleus", draw_3M.device, rows, share, draw_3M, cluster)
+        return draw_3M
+
+    def survey(self, chosen: ChosenRows) -> Survey | None:
+        rows, _ids_4M = self._rows(chosen)
+        logits_NP, M = chosen.logits_NP, len(chosen.index_M)
         if not self._library.ask("xdlm_survey_fits", logits_NP.device, rows):
             return None
-        logits_2M = logits_NP.new_empty(2, len(index_M), dtype=torch.float32)
-        mass_MS, best_MS = (index_M.new_empty(len(index_M), SLOTS) for _ in range(2))
+        logits_2M = logits_NP.new_empty(2, M, dtype=torch.float32)
+        mass_MS, best_MS = (chosen.index_M.new_empty(M, SLOTS) for _ in range(2))
         self._library.call("xdlm_posterior_survey", logits_NP.device, rows, logits_2M, mass_MS, best_MS)
         return Survey(logits_2M[0], logits_2M[1], mass_MS, best_MS)
 
-    def _rows(
-        self,
-        logits_NP: Tensor,
-        index_M: Tensor,
-        zt_M: Tensor,
-        counters: Counters,
-        shard: Shard,
-        temperature: float,
-    ) -> tuple[DrawRows, Tensor]:
+    def _rows(self, chosen: ChosenRows) -> tuple[DrawRows, Tensor]:
         """What the kernels take, and a tensor that must outlive their call."""
-        library, (noise, first_id) = self._library, shard
-        ids_4M = torch.stack([index_M, zt_M, counters.position_M, counters.row_M])
+        library, logits_NP, counters = self._library, chosen.logits_NP, chosen.counters
+        noise, first_id = chosen.shard
+        ids_4M = torch.stack([chosen.index_M, chosen.zt_M, counters.position_M, counters.row_M])
         check_logits(logits_NP)
         if logits_NP.device.type != library.device_type or ids_4M.device != logits_NP.device:
             raise ValueError(
@@ -103,6 +91,6 @@ class PosteriorKernels:
             *(ids_4M.shape[1], logits_NP.shape[1], logits_NP.stride(0), DTYPES[logits_NP.dtype]),
             *(first_id, noise.vocab_size, -1 if noise.mask_id is None else noise.mask_id),
             *(*counters.key, counters.step),
-            LOG2_E / temperature,
+            chosen.scale,
         )
         return rows, ids_4M

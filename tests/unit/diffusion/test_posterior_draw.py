@@ -12,7 +12,13 @@ from xdlm_megatron.diffusion.posterior import jump_bound
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits, most_probable
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.token_race import Counters, draw_shard, exponential, tile_exponentials
+from xdlm_megatron.diffusion.token_race import (
+    ChosenRows,
+    Counters,
+    draw_shard,
+    exponential,
+    tile_exponentials,
+)
 
 KEY = (3, Stream.SAMPLE_STEP)
 V, MASK = 45, 44
@@ -61,21 +67,21 @@ def test_exponentials_have_mean_and_variance_one():
 def test_a_row_is_drawn_alike_in_every_chunk_and_place(monkeypatch):
     logits = torch.randn(30, 60, generator=torch.Generator().manual_seed(0))
     noise, index = StationaryNoise(0.2, V, MASK), torch.arange(30)
-    whole = draw_shard(logits, index, index, counters(30), Shard(noise))
+    chosen = ChosenRows(logits, index, index, counters(30), Shard(noise))
+    whole = draw_shard(chosen)
     monkeypatch.setitem(shard_rows.SCRATCH_ELEMENTS, "cpu", 200)
-    assert torch.equal(draw_shard(logits, index, index, counters(30), Shard(noise)), whole)
+    assert torch.equal(draw_shard(chosen), whole)
     some = torch.tensor([7, 3, 21])
-    assert torch.equal(draw_shard(logits, some, some, counters(30)[some], Shard(noise)), whole[:, some])
+    assert torch.equal(draw_shard(chosen.only(some)), whole[:, some])
     before = logits.clone()
-    draw_shard(logits, index, index, counters(30), Shard(noise))
+    draw_shard(chosen)
     assert torch.equal(logits, before)
 
 
 def test_a_shard_without_tokens_never_wins():
     noise = StationaryNoise(0.2, V, MASK)
-    key, _, signal = draw_shard(
-        torch.randn(3, 8), torch.arange(3), torch.arange(3), counters(3), Shard(noise, 48)
-    )
+    rows = torch.arange(3)
+    key, _, signal = draw_shard(ChosenRows(torch.randn(3, 8), rows, rows, counters(3), Shard(noise, 48)))
     assert key.tolist() == signal.tolist() == [-torch.inf] * 3
 
 

@@ -40,7 +40,7 @@ std::unique_ptr<unsigned char[]> logits(int64_t first, int64_t columns, int64_t 
 }
 
 struct Drawn {
-  std::vector<double> token;
+  std::vector<double> token, of_nucleus;
   std::vector<float> logits;
   std::vector<int64_t> mass, best;
 };
@@ -52,11 +52,16 @@ Drawn draw(int64_t first, int64_t columns, int64_t vocab, int64_t dtype) {
   const unsigned char* before = block.get() - columns * (dtype == kFloat32 ? 4 : 2);
   const XdlmDraw what{sizeof(XdlmDraw), before, index.data(), zt.data(), position.data(), row_id.data(), M, columns,
                       columns, dtype, first, vocab, vocab - 1, 11, 5, 2, 1.4426950408889634};
-  Drawn out{std::vector<double>(size_t(3 * M)), std::vector<float>(size_t(2 * M)), std::vector<int64_t>(size_t(512 * M)),
-            std::vector<int64_t>(size_t(512 * M))};
+  Drawn out{std::vector<double>(size_t(3 * M)), std::vector<double>(size_t(3 * M)), std::vector<float>(size_t(2 * M)),
+            std::vector<int64_t>(size_t(512 * M)), std::vector<int64_t>(size_t(512 * M))};
   expect(xdlm_posterior_draw(&what, out.token.data(), nullptr) == 0, "draw", columns, dtype);
   expect(xdlm_posterior_survey(&what, out.logits.data(), out.mass.data(), out.best.data(), nullptr) == 0, "survey",
          columns, dtype);
+  if (first == 0 && columns >= vocab)
+    for (int64_t cluster : {2, 0})
+      expect(xdlm_posterior_nucleus(&what, 0.9, out.of_nucleus.data(), cluster, nullptr) == 0, "nucleus", columns, dtype);
+  else
+    expect(xdlm_posterior_nucleus(&what, 0.9, nullptr, 0, nullptr) == kDoesNotFit, "a part has no nucleus", columns, dtype);
   return out;
 }
 
@@ -65,7 +70,8 @@ void check(int64_t columns, int64_t dtype) {
   const auto both = draw(0, columns, vocab, dtype);
   const auto& whole = both.token;
   for (int i = 0; i < 4; ++i) {
-    expect(isfinite(whole[i]) && whole[4 + i] >= 0 && whole[4 + i] < double(vocab - 1), "a token", columns, dtype);
+    for (const auto& token : {whole, both.of_nucleus})
+      expect(isfinite(token[i]) && token[4 + i] >= 0 && token[4 + i] < double(vocab - 1), "a token", columns, dtype);
     int64_t best = INT64_MIN, mass = 0;  // the draw is the best of all bins
     for (int slot = 0; slot < 512; ++slot) {
       mass += both.mass[i * 512 + slot];

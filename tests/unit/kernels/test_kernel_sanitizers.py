@@ -30,7 +30,7 @@ def test_no_sanitizer_complains(what: str, sanitizers: str, tmp_path: Path) -> N
         "-fno-sanitize-recover=all",
     ]
     command = [build.find_cxx(), *flags, f"-fsanitize={sanitizers}", *sources, "-o", program]
-    compiled = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    compiled = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     if "cannot find" in compiled.stderr:
         pytest.skip(f"g++ has no library for -fsanitize={sanitizers}")
     assert compiled.returncode == 0, compiled.stderr

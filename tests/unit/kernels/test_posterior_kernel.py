@@ -9,19 +9,19 @@ import torch
 from scipy.stats import chisquare
 from torch import Tensor
 
-from xdlm_megatron.diffusion import token_race
+from xdlm_megatron.diffusion import nucleus_draw, token_race
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.nucleus_draw import draw_tokens
+from xdlm_megatron.diffusion.nucleus_draw import draw_share, draw_tokens
 from xdlm_megatron.diffusion.posterior import posterior, token_law
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import Logits
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import LOG2_E
 from xdlm_megatron.diffusion.survey import bins_of
-from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, Counters, Draw, draw_shard
+from xdlm_megatron.diffusion.token_race import REFERENCE_DRAW, ChosenRows, Counters, Draw, draw_shard
 from xdlm_megatron.kernels.library import Library
-from xdlm_megatron.kernels.posterior import posterior_draw
+from xdlm_megatron.kernels.posterior import PosteriorKernels, posterior_draw
 
 KEY = (4_000_000_011, Stream.SAMPLE_STEP)
 # vocabulary -> columns of all shards together, the padding included
@@ -60,8 +60,11 @@ def test_it_draws_the_twin_s_ids(
 ) -> None:
     logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type, M)
     for temperature in (1.0, 0.4):
-        arguments = (logits, index, z, counters, Shard(noise), temperature)
-        assert_same_draw(draw.shard(*arguments), draw_shard(*arguments))
+        chosen = ChosenRows(logits, index, z, counters, Shard(noise), temperature)
+        assert_same_draw(draw.shard(chosen), draw_shard(chosen))
+
+
+NARROWED = ((1.0, 0.9), (0.7, 0.8), (2.0, 0.3), (1.0, 1e-6))  # temperature, top_p
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -69,17 +72,72 @@ def test_it_draws_the_twin_s_ids(
 def test_one_read_draws_from_the_nucleus(
     draw: Draw, library: Library, V: int, rows: int, M: int, dtype: torch.dtype
 ) -> None:
-    """bfloat16 logits have many equals, of which the nucleus has those of the lowest ids."""
     logits, index, z, counters, noise = make_case(V, rows, dtype, library.device_type, M)
-    for temperature, top_p in ((1.0, 0.9), (2.0, 0.3), (0.3, 0.6), (1.0, 1e-6)):
-        arguments = (logits, index, z, counters, Shard(noise), temperature, top_p, None)
-        got, want = draw_tokens(draw, *arguments), draw_tokens(REFERENCE_DRAW, *arguments)
-        assert_same_draw(
-            torch.stack([got[0], got[1].double(), got[2]]), torch.stack([want[0], want[1].double(), want[2]])
-        )
+    for temperature, top_p in NARROWED[: 4 if V < 131072 else 2]:
+        chosen = ChosenRows(logits, index, z, counters, Shard(noise), temperature)
+        got = draw.nucleus(chosen, top_p)
+        assert_same_draw(got, draw_share(chosen, top_p, None))
         law = token_law(logits, noise, temperature, top_p)[index]
-        assert (law.gather(1, got[1][:, None]) > 0).all()
+        assert (law.gather(1, got[1].long()[:, None]) > 0).all()
         assert torch.equal(got[2] > -torch.inf, law.gather(1, z[:, None])[:, 0] > 0)
+
+
+@pytest.mark.parametrize(
+    ("std", "dtype"),
+    [(6.0, torch.bfloat16), (0.02, torch.bfloat16), (0.0, torch.bfloat16), (0.02, torch.float32)],
+)
+def test_a_nucleus_that_ends_among_many_equals(
+    draw: Draw, library: Library, std: float, dtype: torch.dtype
+) -> None:
+    """A few coarse values carry it, or one bin has all of them: of equals those of the lowest ids are inside,
+    whatever the number of blocks.
+    """
+    for V in (250, 2043):
+        generator = torch.Generator().manual_seed(V)
+        noise, rows = StationaryNoise(0.3, V, V // 3), torch.arange(12)
+        logits = (std * torch.randn(12, V + 5, generator=generator)).to(dtype)
+        counters = Counters(KEY, 5, *(rows.to(library.device_type) for _ in range(2)))
+        z = torch.randint(V, (12,), generator=generator)
+        where = [x.to(library.device_type) for x in (logits, rows, z)]
+        for temperature, top_p in NARROWED[1:]:
+            chosen = ChosenRows(*where, counters, Shard(noise), temperature)
+            want = draw_share(chosen, top_p, None)
+            drawn = [PosteriorKernels(library).nucleus(chosen, top_p, blocks) for blocks in (0, 2, 4)]
+            assert_same_draw(drawn[0], want)
+            assert torch.equal(drawn[0], drawn[1])
+            assert torch.equal(drawn[0], drawn[2])
+
+
+def test_a_survey_draws_the_same_and_says_which_rows_must_be_read_again(
+    draw: Draw, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What several ranks do. Coarse logits of std 6 are the bad case; one rank never reads a row twice."""
+    again = []
+
+    def counted(chosen: ChosenRows, *rest: object) -> Tensor:
+        again.append(len(chosen.index_M))
+        return draw_share(chosen, *rest)
+
+    monkeypatch.setattr(nucleus_draw, "draw_share", counted)
+    share = {}
+    for std, dtype in ((2.0, torch.float32), (6.0, torch.bfloat16)):
+        again.clear()
+        logits, index, z, counters, noise = make_case(1003, 60, torch.float32, library.device_type, 240)
+        chosen = ChosenRows((logits * (std / 2)).to(dtype), index, z, counters, Shard(noise), 0.7)
+        once = draw_tokens(draw, chosen, 0.8, None)
+        assert again == []
+        surveyed = draw_tokens(draw._replace(nucleus=lambda rows, top_p: None), chosen, 0.8, None)
+        reference = draw_tokens(REFERENCE_DRAW, chosen, 0.8, None)
+        assert again.pop() == 240
+        share[std] = sum(again) / 240
+        for one, other, twin in zip(once, surveyed, reference, strict=True):
+            torch.testing.assert_close(
+                one, other, rtol=0, atol=3e-6
+            )  # a row that is read again has the twin's key
+            torch.testing.assert_close(one, twin, rtol=0, atol=3e-6)
+        assert torch.equal(once[1], surveyed[1])
+    assert 0 < share[2.0] < 0.05
+    assert 0 < share[6.0] < 0.25
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -96,14 +154,17 @@ def test_slices_of_the_vocabulary_are_the_whole(
         P = logits.shape[1] // tp
         slices = [(logits[:, r * P : (r + 1) * P], Shard(noise, r * P)) for r in range(tp)]
         rest = (index, z, counters)
-        whole = draw.shard(logits, *rest, Shard(noise), temperature)
-        shares = torch.stack([draw.shard(x, *rest, shard, temperature) for x, shard in slices])
+        chosen = ChosenRows(logits, *rest, Shard(noise), temperature)
+        sliced = [ChosenRows(x, *rest, shard, temperature) for x, shard in slices]
+        whole = draw.shard(chosen)
+        shares = torch.stack([draw.shard(one) for one in sliced])
         key, rank = shares[:, 0].max(0)
         assert torch.equal(key, whole[0])
         assert torch.equal(shares[:, 1].gather(0, rank[None])[0], whole[1])
         assert torch.equal(shares[:, 2].amax(0), whole[2])
-        whole = draw.survey(logits, *rest, Shard(noise), temperature)
-        parts = [draw.survey(x, *rest, shard, temperature) for x, shard in slices]
+        whole = draw.survey(chosen)
+        parts = [draw.survey(one) for one in sliced]
+        assert draw.nucleus(sliced[0], 0.9) is None
         assert torch.equal(torch.stack([part.top_M for part in parts]).amax(0), whole.top_M)
         assert torch.equal(torch.stack([part.zt_M for part in parts]).amax(0), whole.zt_M)
         top, scale = bins_of(whole.top_M, LOG2_E / temperature), LOG2_E / temperature
@@ -123,8 +184,10 @@ def test_any_alignment_and_ragged_rows(draw: Draw, library: Library) -> None:
     table = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)).to(device)
     for dtype in (torch.float32, torch.bfloat16):
         for logits in (table[:, :45], table[:, 3:50], table[:, 1:].contiguous()[:, :46]):
-            arguments = (logits.to(dtype), index, index % 45, counters, Shard(noise))
-            assert_same_draw(draw.shard(*arguments), draw_shard(*arguments))
+            chosen = ChosenRows(logits.to(dtype), index, index % 45, counters, Shard(noise))
+            assert_same_draw(draw.shard(chosen), draw_shard(chosen))
+            some = chosen.only(index[::8])
+            assert_same_draw(draw.nucleus(some, 0.7), draw_share(some, 0.7, None))
 
 
 def test_more_bits_where_the_race_is_won(
@@ -144,7 +207,7 @@ def test_more_bits_where_the_race_is_won(
     logits = torch.full((len(row), PADDED[V]), -1e4, device=device)
     logits[torch.arange(len(row)), 8 * tile] = 0.0
     noise, index = StationaryNoise(0.3, V, V - 1), torch.arange(len(row), device=device)
-    got = draw.shard(logits, index, index, counters[row], Shard(noise))
+    got = draw.shard(ChosenRows(logits, index, index, counters[row], Shard(noise)))
     # lg2.approx errs by as much on a device; the bits that are tested move keys by far more
     tolerance = 3e-6 if device == "cpu" else 1e-5
     torch.testing.assert_close(got[0], -fine[row, tile].log2(), rtol=0, atol=tolerance)
@@ -154,19 +217,24 @@ def test_more_bits_where_the_race_is_won(
 def test_nan_and_nothing(draw: Draw, library: Library) -> None:
     logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
     logits[1, 77] = torch.nan
-    got = draw.shard(logits, index, z, counters, Shard(noise))
-    assert got[0].isnan().tolist() == [False, True, False, False]
+    logits[2, 7] = torch.inf
+    logits[3, :] = -torch.inf
+    chosen = ChosenRows(logits, index, z, counters, Shard(noise))
+    got = draw.shard(chosen)
+    assert got[0].isnan().tolist() == [False, True, True, False]
     assert ((got[1] >= 0) & (got[1] < 250)).all()
-    assert (
-        draw.survey(logits, index, z, counters, Shard(noise), 1.0).top_M.isnan().tolist()
-        == got[0].isnan().tolist()
-    )
-    padding = draw.shard(logits, index, z, counters, Shard(noise, 256))
+    assert draw.survey(chosen).top_M.isnan().tolist() == [False, True, False, False]
+    nucleus = draw.nucleus(chosen, 0.9)
+    assert nucleus[0].isnan().tolist() == [False, True, True, False]
+    assert nucleus[0, 3] == got[0, 3] == -torch.inf
+    beyond = chosen._replace(shard=Shard(noise, 256))
+    padding = draw.shard(beyond)
     assert padding[0].tolist() == padding[2].tolist() == [-torch.inf] * 4
-    survey = draw.survey(logits, index, z, counters, Shard(noise, 256), 1.0)
+    survey = draw.survey(beyond)
     assert survey.top_M.tolist() == survey.zt_M.tolist() == [-torch.inf] * 4
     assert not survey.mass_MS.any()
-    assert draw.shard(logits, index[:0], z[:0], counters[:0], Shard(noise)).shape == (3, 0)
+    none = chosen.only(index[:0])
+    assert draw.shard(none).shape == draw.nucleus(none, 0.9).shape == (3, 0)
 
 
 NARROW = {"top_p": 0.8, "temperature": 1.5}
@@ -208,9 +276,10 @@ def test_steps_draw_from_the_dense_posterior(
 
 def test_tensors_that_it_cannot_take_are_refused(draw: Draw, library: Library) -> None:
     logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
+    chosen = ChosenRows(logits, index, z, counters, Shard(noise))
     with pytest.raises(ValueError, match=r"logits of dtype torch.float16: the kernels take float32 and b"):
-        draw.shard(logits.half(), index, z, counters, Shard(noise))
+        draw.shard(chosen._replace(logits_NP=logits.half()))
     with pytest.raises(ValueError, match="columns must be contiguous"):
-        draw.shard(logits[:, ::2], index, z, counters, Shard(noise))
+        draw.nucleus(chosen._replace(logits_NP=logits[:, ::2]), 0.5)
     with pytest.raises(ValueError, match="begins at id 100 cuts a tile; pad it to a multiple of 8"):
-        draw.shard(logits, index, z, counters, Shard(noise, 100))
+        draw.survey(chosen._replace(shard=Shard(noise, 100)))

@@ -1,5 +1,9 @@
 #include "portable.cuh"
 
+namespace xdlm {
+XDLM_KERNEL(32) probe_kernel() {}  // says for what the others were compiled
+}  // namespace xdlm
+
 const char* xdlm_error(int64_t code) {
   switch (code) {
     case kBadDtype: return "logits must be float32 or bfloat16";
@@ -16,3 +20,17 @@ const char* xdlm_error(int64_t code) {
 }
 
 int64_t xdlm_rows_bytes(void) { return sizeof(XdlmRows); }
+
+int64_t xdlm_has_clusters(void) {
+#if defined(__CUDACC__)
+  int device = 0, major = 0;
+  cudaFuncAttributes code{};
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+      cudaFuncGetAttributes(&code, (const void*)xdlm::probe_kernel) != cudaSuccess)
+    return 0;
+  return major >= 9 && code.ptxVersion >= 90;
+#else
+  return 1;
+#endif
+}

@@ -30,6 +30,9 @@ struct XdlmRows {
 XDLM_API const char* xdlm_error(int64_t code);
 // Bytes of XdlmRows: a binding compares them with its own.
 XDLM_API int64_t xdlm_rows_bytes(void);
+// Whether the blocks of a cluster reach each other: the current device has clusters, and the code that it runs was
+// compiled for one that has. PTX for less than 9.0 has no clusters wherever it is compiled in the end.
+XDLM_API int64_t xdlm_has_clusters(void);
 
 // The passes over the vocabulary and the per-token steps between them; row_ops.py says what they compute.
 XDLM_API int xdlm_nelbo_stats(const XdlmRows*, float* stats_4N, void* stream);
@@ -48,9 +51,6 @@ XDLM_API int xdlm_nelbo_rescale(const XdlmRows*, const float* upstream_N, void* 
 // 1 is written once. A cluster of blocks keeps the row in its shared memory. cluster: 0 for xdlm_nelbo_cluster's.
 XDLM_API int xdlm_nelbo_whole(const XdlmRows*, float* loss_N, float* terms_6N, void* out, int64_t out_stride,
                               int64_t cluster, void* stream);
-// Whether the blocks of a cluster reach each other: the current device has clusters, and the code that it runs was
-// compiled for one that has. PTX for less than 9.0 has no clusters wherever it is compiled in the end.
-XDLM_API int64_t xdlm_has_clusters(void);
 // Blocks a row needs on the current device: 1, 2, 4 or 8 (without clusters 1); 0 if it does not fit.
 XDLM_API int64_t xdlm_nelbo_cluster(const XdlmRows*);
 
@@ -76,3 +76,10 @@ XDLM_API int xdlm_posterior_draw(const XdlmDraw*, double* draw_3M, void* stream)
 XDLM_API int xdlm_posterior_survey(const XdlmDraw*, float* logits_2M, int64_t* mass_MS, int64_t* best_MS, void* stream);
 // Whether it can: the vocabulary has up to 2^20 ids, the shard less than 2^19 columns.
 XDLM_API int64_t xdlm_survey_fits(const XdlmDraw*);
+
+// The draw from the first top_p of p, of rows of the whole vocabulary; x is -inf where z_t is outside. A cluster of blocks
+// keeps the row in its shared memory. cluster: 0 for xdlm_nucleus_cluster's.
+XDLM_API int xdlm_posterior_nucleus(const XdlmDraw*, double top_p, double* draw_3M, int64_t cluster, void* stream);
+// Blocks a row needs on the current device: 1, 2, 4 or 8 (without clusters 1); 0 if it does not fit, is a part of the
+// vocabulary, or has more than 2^20 ids.
+XDLM_API int64_t xdlm_nucleus_cluster(const XdlmDraw*);

@@ -23,15 +23,6 @@ struct Scratch {
 };
 static_assert(sizeof(Scratch) <= kScratchBytes, "the logits come after it");
 
-// The blocks of a cluster have written to each other.
-XDLM_DEVICE void exchange(int cluster) {
-  if (cluster > 1) {
-    sync_cluster();
-  } else {
-    sync_block();
-  }
-}
-
 template <class T>
 XDLM_KERNEL(kThreads, kBlocksPerSm) whole_kernel(XdlmRows rows, float* XDLM_RESTRICT loss, float* XDLM_RESTRICT terms,
                                                  T* out, int64_t out_stride, int cluster, int slice) {
@@ -104,29 +95,9 @@ int64_t row_bytes(const XdlmRows& rows, int64_t cluster) {
 
 using namespace xdlm;
 
-int64_t xdlm_has_clusters(void) {
-#if defined(__CUDACC__)
-  int device = 0, major = 0;
-  cudaFuncAttributes code{};
-  if (cudaGetDevice(&device) != cudaSuccess ||
-      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
-      cudaFuncGetAttributes(&code, (const void*)whole_kernel<float>) != cudaSuccess)
-    return 0;
-  return major >= 9 && code.ptxVersion >= 90;
-#else
-  return 1;
-#endif
-}
-
 int64_t xdlm_nelbo_cluster(const XdlmRows* rows) {
-#if defined(__CUDACC__)
-  if (!xdlm_has_clusters()) {  // one block with all the shared memory that it can have
-    int device = 0, most = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-    return row_bytes(*rows, 1) + int64_t(kScratchBytes) <= most ? 1 : 0;
-  }
-#endif
+  if (!xdlm_has_clusters())  // one block with all the shared memory that it can have
+    return row_bytes(*rows, 1) + int64_t(kScratchBytes) <= most_shared_bytes() ? 1 : 0;
   for (int64_t cluster = 1; cluster <= kMostBlocks; cluster *= 2)
     if (row_bytes(*rows, cluster) <= int64_t(kSliceBytes)) return cluster;
   return 0;

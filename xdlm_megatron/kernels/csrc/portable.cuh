@@ -160,6 +160,7 @@ XDLM_DEVICE unsigned char* shared_memory() {
   extern __shared__ __align__(128) unsigned char memory[];
   return memory;
 }
+XDLM_DEVICE int first_bit(uint64_t bits) { return __ffsll(static_cast<long long>(bits)) - 1; }
 // The value of another lane of the warp. T is 4 or 8 bytes.
 template <class T> XDLM_DEVICE T shuffle(T value, int lane) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a shuffle moves 4 or 8 bytes");
@@ -203,6 +204,7 @@ inline int block_threads() { return host::context.threads; }
 inline int64_t block_index() { return host::context.block; }
 inline void sync_block() { host::context.own->barrier.arrive_and_wait(); }
 inline unsigned char* shared_memory() { return host::context.own->shared(); }
+inline int first_bit(uint64_t bits) { return __builtin_ctzll(bits); }
 template <class T> T shuffle(T value, int lane) { return host::shuffle(value, lane); }
 inline void atomic_add(uint32_t* place, uint32_t value) { __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
 inline void atomic_max(int64_t* place, int64_t value) {
@@ -217,6 +219,15 @@ template <class T> T* in_block(T* place, int rank) {
 }
 #endif
 
+// The blocks of a cluster have written to each other.
+XDLM_DEVICE void exchange(int cluster) {
+  if (cluster > 1) {
+    sync_cluster();
+  } else {
+    sync_block();
+  }
+}
+
 // Combine a value of every thread, in a fixed order; every thread gets the result. `room` holds 32 values in shared
 // memory and may be used again at once. The block's size is a multiple of 32.
 template <class T, class Combine> XDLM_DEVICE T reduce_block(T value, Combine combine, T* room) {
@@ -230,6 +241,18 @@ template <class T, class Combine> XDLM_DEVICE T reduce_block(T value, Combine co
 }
 
 // ---- launches ---------------------------------------------------------------------------------------------------
+// What a block may have of the current device's shared memory.
+inline int64_t most_shared_bytes() {
+#if defined(__CUDACC__)
+  int device = 0, most = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return most;
+#else
+  return 227 * 1024;
+#endif
+}
+
 // The caller has made the tensors' device current. Returns CUDA's error number, 0 if all is well.
 template <class... P, class... A>
 int launch(void (*kernel)(P...), int64_t blocks, int threads, int cluster, size_t shared_bytes, void* stream,

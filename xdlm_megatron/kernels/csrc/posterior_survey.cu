@@ -3,38 +3,14 @@
 //
 // Few tokens have a clock of their own drawn: a tile whose first ring comes after that of a token in a higher level, or
 // in the bin of its own most probable token, has none that could be the first of a bin and of all bins above it.
-#include "posterior_race.cuh"
+#include "posterior_bins.cuh"
 
 namespace xdlm {
 
 constexpr int kSurveyBlocks = 2;  // of an SM
-constexpr int kBinsALevel = 16, kSlots = 512, kLevels = kSlots / kBinsALevel;
-constexpr int kCopies = 8;  // of the masses: the threads of a warp often add to the same bin
-constexpr int kLargest = 1 << 17, kIdBits = 20;
+constexpr int kLevels = kSlots / kBinsALevel;
 constexpr int kNoBin = -(1 << 30);
-constexpr double kKeyUnits = 4194304.0, kLargestKey = 1048576.0;
-constexpr int64_t kNoKey = INT64_MIN;
-
-// ---- bins -------------------------------------------------------------------------------------------------------
-// Adding 1.5 * 2^23 rounds a float below 2^22 to an integer, which the lowest bits then hold.
-XDLM_FN float rounded(float x) { return (x + 12582912.f) - 12582912.f; }
-XDLM_FN int integer_of(float x) { return int(bits_of(x + 12582912.f) - 0x4b400000u); }
-
-XDLM_FN float place_of(float x, float scale) { return fminf(fmaxf(x * scale, -float(kLargest)), float(kLargest)); }
-XDLM_FN int bin_of(float y) { return integer_of(float(kBinsALevel) * y - 0.5f); }
-// 2^(y - level) in units of 2^-15; the level is that of the bin.
-XDLM_FN uint32_t mass_of(float y) {
-  const float bin = rounded(float(kBinsALevel) * y - 0.5f);
-  const float level = rounded(bin * (1.f / kBinsALevel) - 15.f / 32.f);  // floor(bin / 16)
-  return uint32_t(integer_of(32768.f * fast_exp2(y - level)));
-}
 XDLM_FN int slot_of(int bin) { return bin & (kSlots - 1); }
-
-// A key, to 2^-22, and an id as one number, as diffusion/survey.py unpacks it.
-XDLM_FN int64_t packed(double key, int64_t id) {
-  const double within = fmin(fmax(key, -kLargestKey), kLargestKey);
-  return int64_t(rint(within * kKeyUnits)) * (int64_t(1) << kIdBits) + ((int64_t(1) << kIdBits) - 1 - id);
-}
 
 struct Table {
   uint32_t mass[kSlots * kCopies];
@@ -67,35 +43,12 @@ struct Table {
   }
 };
 
-struct LargestLogit {
-  XDLM_DEVICE float operator()(float a, float b) const { return max_or_nan(a, b); }
-};
-
 // ---- a tile -----------------------------------------------------------------------------------------------------
 struct Ring {
   int top_bin;
   float scale;
   XDLM_FN bool has(int bin) const { return bin > top_bin - kSlots; }
 };
-
-// The clocks of all columns of a tile whose first ring has `key`: the first's, and of each other one an exponential time
-// more than the first.
-XDLM_DEVICE void draw_all(Table& table, const Ring& ring, const float (&x)[8], const float (&w)[8], double base, double key,
-                          int64_t tile, const Counter& counter) {
-  const int first = inverse_cdf(w, counter.rare_words(kFirstDraws + uint32_t(tile)));
-  XDLM_UNROLL for (int pair = 0; pair < kTile / 2; ++pair) {
-    const Words words = counter.rare_words(kLaterDraws + 4 * uint32_t(tile) + uint32_t(pair));
-    XDLM_UNROLL for (int half = 0; half < 2; ++half) {
-      const int i = 2 * pair + half;
-      if (!(x[i] > -INFINITY)) continue;
-      const double own = base + double(fast_log2(w[i]) - log2_exponential(words.word[2 * half], words.word[2 * half + 1]));
-      const float apart = float(fabs(own - key));
-      const double later = fmin(own, key) - double(fast_log2(1.f + fast_exp2(-apart)));
-      const int bin = bin_of(place_of(x[i], ring.scale));
-      if (ring.has(bin)) atomic_max(&table.best[slot_of(bin)], packed(i == first ? key : later, tile * kTile + i));
-    }
-  }
-}
 
 template <class T>
 XDLM_DEVICE void survey_tile(Table& table, const Ring& ring, const Vector<T>& v, int column, const Columns& c,
@@ -117,7 +70,10 @@ XDLM_DEVICE void survey_tile(Table& table, const Ring& ring, const Vector<T>& v,
   if (!(key > -INFINITY)) return;  // NaN, of which the row's largest logit tells
   const int64_t most = packed(key, 0);
   if (table.above[(top_bin >> 4) & (kLevels - 1)] > most || peek(&table.best[slot_of(top_bin)]) > most) return;
-  draw_all(table, ring, x, w, double(top) * scale, key, tile, counter);
+  all_rings(w, double(top) * scale, key, tile, counter, [&](int i, double ring_of_i) {
+    const int bin = bin_of(place_of(x[i], ring.scale));
+    if (x[i] > -INFINITY && ring.has(bin)) atomic_max(&table.best[slot_of(bin)], packed(ring_of_i, tile * kTile + i));
+  });
 }
 
 template <class T>
