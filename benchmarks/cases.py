@@ -1,14 +1,18 @@
 """What the benchmarks do alike: a case in a process of its own, the device's name, the files of results."""
 
 import argparse
+import gc
 import json
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from gpu_parts.findings import write_whole
+from tqdm import tqdm
 
 
 def spawn(script: str, options: dict, case: dict) -> dict:
@@ -35,9 +39,75 @@ def run_case(
     """
     if args.device != "cuda":
         return spawn(script, {name: getattr(args, name) for name in names}, case)
-    result = measure(argparse.Namespace(**vars(args) | case))
+    gc.collect()
     torch.cuda.empty_cache()
-    return case | result
+    return case | measure(argparse.Namespace(**vars(args) | case))
+
+
+@dataclass
+class Table:
+    """The results of one benchmark, on disk after every case: what is stopped keeps the rows it has.
+
+    name: of the files. head: what it has to say beside device, versions and command: of the machine, of all
+    rows. report: rows -> Markdown. claims: rows -> targets, with "what", "measured", "target" and "holds".
+    """
+
+    args: argparse.Namespace
+    name: str
+    report: Callable[[list[dict]], str]
+    machine: dict
+    head: dict
+    claims: Callable[[list[dict]], list[dict]] = lambda rows: []
+
+    def fill(self, cases: Sequence[dict], measured: Iterable[dict]) -> list[dict]:
+        """The rows of the cases. measured: yields them one by one, None of one that memory does not hold."""
+        rows: list[dict] = []
+        missing = dict.fromkeys(range(len(cases)), "not reached")
+        text = self._write(rows, cases, missing)
+        for at, row in enumerate(tqdm(measured, total=len(cases), desc=self.name, unit="case")):
+            if row is None:
+                missing[at] = "not enough memory"
+            else:
+                del missing[at]
+                rows.append(row)
+            text = self._write(rows, cases, missing)
+        print(text)
+        return rows
+
+    def _write(self, rows: list[dict], cases: Sequence[dict], missing: dict[int, str]) -> str:
+        left = [f"{', '.join(map(str, cases[at].values()))}: {why}." for at, why in missing.items()]
+        claims = self.claims(rows)
+        lines = [
+            f"{c['what']}: {c['measured']}, target {c['target']}: {'met' if c['holds'] else 'not met'}."
+            for c in claims
+        ]
+        parts = [self.report(rows).rstrip(), *lines, *([f"Missing, {line}" for line in left])]
+        text = "\n\n".join(parts) + "\n"
+        result = self.head | {"rows": rows, "claims": claims, "missing": left}
+        write_files(self.args, self.name, text, self.machine, result)
+        return text
+
+
+def within_memory(measure: Callable[[dict], dict], cases: Iterable[dict]) -> Iterator[dict | None]:
+    """The rows of the cases, None where a GPU's memory does not hold one."""
+    for case in cases:
+        try:
+            yield measure(case)
+        except torch.cuda.OutOfMemoryError:
+            yield None
+
+
+def is_target(args: argparse.Namespace) -> bool:
+    """Whether this is the GPU that targets are set for."""
+    return args.device == "cuda" and "H100" in torch.cuda.get_device_name()
+
+
+def claim(what: str, value: float, target: float, unit: str = "", at_most: bool = False) -> dict:
+    """A target and whether it is met. unit: "" for a share, or what follows a number."""
+    show = (lambda x: f"{x:.3g}{unit}") if unit else (lambda x: f"{x:.1%}")
+    bound = f"{'at most' if at_most else 'at least'} {show(target)}"
+    holds = value <= target if at_most else value >= target
+    return {"what": what, "measured": show(value), "target": bound, "holds": holds}
 
 
 def split_impls(
@@ -70,14 +140,19 @@ def device_name(args: argparse.Namespace) -> str:
 
 
 def write_results(args: argparse.Namespace, name: str, text: str, machine: dict, result: dict) -> None:
-    """name.md and name.json in args.out, or in the device's folder of results; the text on the terminal too.
+    """As write_files; the text on the terminal too."""
+    write_files(args, name, text, machine, result)
+    print(text)
+
+
+def write_files(args: argparse.Namespace, name: str, text: str, machine: dict, result: dict) -> None:
+    """name.md and name.json in args.out, or in the device's folder of results.
 
     machine and result: what this benchmark has to say of the run beside device, versions and command.
     """
     folder = args.out or Path(__file__).parent / "results" / args.device
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text)
     versions = {"device": args.device, "torch": torch.__version__, "python": platform.python_version()}
     written = {"command": args.command, "machine": versions | {"name": device_name(args)} | machine} | result
-    (folder / f"{name}.json").write_text(json.dumps(written, indent=1) + "\n")
-    print(text)
+    write_whole(folder / f"{name}.md", text)
+    write_whole(folder / f"{name}.json", json.dumps(written, indent=1) + "\n")

@@ -30,12 +30,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from cases import device_name, run_case, split_impls, write_results
+from cases import Table, claim, device_name, is_target, run_case, split_impls, within_memory
 from loss_reference import DTYPES, plain_nelbo
 from meter import CountBytes, baseline_mib, best_seconds, peak_mib, seconds_of
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
-from tqdm import tqdm
 
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 from xdlm_megatron.diffusion.noise import StationaryNoise
@@ -133,7 +132,7 @@ def measure(args: argparse.Namespace) -> dict:
     """One form: the first step gives memory and bytes, the best one the time."""
     device = torch.device(args.device)
     torch.set_num_threads(args.threads)
-    ops = uncounted(choose_kernels("auto", device).row_ops)
+    ops = uncounted(choose_kernels("cuda" if args.device == "cuda" else "auto", device).row_ops)
 
     def step_of(hidden: Tensor, weight: Tensor, rest: tuple) -> Callable[[], float]:
         total = torch.zeros(weight.shape, device=device) if args.impl == "summed" else None
@@ -174,8 +173,31 @@ def measure_case(args: argparse.Namespace, case: dict) -> dict:
     return run_case(__file__, args, names, case, measure)
 
 
+def check_losses(rows: list[dict]) -> None:
+    """Raises RuntimeError where two forms have another loss."""
+    for row in (r for r in rows if r["impl"] not in NO_XDLM_LOSS):
+        base = next(r for r in rows if r["impl"] not in NO_XDLM_LOSS)
+        if abs(row["loss"] - base["loss"]) > 2e-3 * abs(base["loss"]):
+            raise RuntimeError(f"{row} and {base} disagree on the loss: the timings compare different things")
+
+
+def claims(rows: list[dict]) -> list[dict]:
+    """The targets on an H100, of the form that training runs: the gradient is added to a sum that exists."""
+    seconds = {row["impl"]: row["seconds"] for row in rows if row["dtype"] == "bfloat16"}
+    summed = next((r for r in rows if (r["impl"], r["dtype"]) == ("summed", "bfloat16")), None)
+    if summed is None:
+        return []
+    gigabytes = summed["peak_mib"] * 2**20 / 1e9
+    found = [claim("summed: memory beyond its inputs", gigabytes, 0.4, " GB", at_most=True)]
+    if "products" in seconds:
+        share = seconds["products"] / summed["seconds"]
+        found.append(claim("summed: share of it that the three bare products take", share, 1 / 1.1))
+    return found
+
+
 def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str]) -> str:
     """The results as Markdown; ratios are to the first form of the same dtype."""
+    check_losses(rows)
     lines = [
         "# Output head, loss and gradients: fused against the paper's loss on whole logits",
         "",
@@ -240,19 +262,19 @@ def main() -> None:
     args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
     impls, left_out = split_impls(args, NEED_GPU, lambda _: importlib.import_module("liger_kernel"))
     cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in impls]
+    table = Table(
+        args,
+        args.name,
+        lambda rows: report(args, rows, left_out),
+        {name: getattr(args, name) for name in ("tokens", "hidden", "vocab")},
+        {"uniform_ratio": args.uniform_ratio, "left_out": left_out},
+        lambda rows: claims(rows) if is_target(args) else [],
+    )
+    if args.device == "cuda":
+        table.fill(cases, within_memory(lambda case: measure_case(args, case), cases))
+        return
     with ThreadPoolExecutor(args.jobs) as pool:
-        measured = pool.map(lambda case: measure_case(args, case), cases)
-        rows = list(tqdm(measured, total=len(cases), desc="head and loss", unit="case"))
-    for row in rows:
-        if row["impl"] not in NO_XDLM_LOSS and abs(row["loss"] - rows[0]["loss"]) > 2e-3 * abs(
-            rows[0]["loss"]
-        ):
-            raise RuntimeError(
-                f"{row} and {rows[0]} disagree on the loss: the timings compare different things"
-            )
-    machine = {name: getattr(args, name) for name in ("tokens", "hidden", "vocab")}
-    result = {"uniform_ratio": args.uniform_ratio, "left_out": left_out, "rows": rows}
-    write_results(args, args.name, report(args, rows, left_out), machine, result)
+        table.fill(cases, pool.map(lambda case: measure_case(args, case), cases))
 
 
 if __name__ == "__main__":

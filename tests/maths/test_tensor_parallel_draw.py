@@ -141,8 +141,11 @@ def run_rank(rank, folder):
         if find_cxx() is not None:
             drawn = kernel_draws(0, 1, None)
             assert torch.equal(kernel_draws(0, 1, None, twin=True), drawn[::3])
-            assert torch.equal(kernel_draws(rank % 2, 2, pairs[rank // 2]), drawn)
-            assert torch.equal(kernel_draws(rank, 4, dist.group.WORLD), drawn)
+            splits = [kernel_draws(rank % 2, 2, pairs[rank // 2]), kernel_draws(rank, 4, dist.group.WORLD)]
+            assert torch.equal(*splits)
+            assert torch.equal(splits[0][::3], drawn[::3])
+            # a row that two ranks must read again has the twin's key, which differs by rounding
+            torch.testing.assert_close(splits[0], drawn, rtol=0, atol=3e-6)
         sampled = samples(0, 1, None)
         assert torch.equal(samples(rank % 2, 2, pairs[rank // 2]), sampled)
         assert torch.equal(samples(rank, 4, dist.group.WORLD), sampled)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,3 +81,94 @@ def test_ways_of_sampling(impl: str) -> None:
 @pytest.mark.parametrize("name", ["kernel_nelbo", "kernel_posterior", "loss_reference", "sampling"])
 def test_it_imports(name: str) -> None:
     assert importlib.import_module(name).measure
+
+
+def stopped_after(rows: list[dict | None]) -> Iterator[dict | None]:
+    yield from rows
+    raise KeyboardInterrupt
+
+
+def test_a_table_that_is_stopped_keeps_its_rows_and_says_what_is_missing(tmp_path: Path) -> None:
+    cases = importlib.import_module("cases")
+    args = argparse.Namespace(device="cpu", threads=1, out=tmp_path, command="python it.py")
+    table = cases.Table(
+        args,
+        "it",
+        lambda rows: "# It\n\n" + "\n".join(f"| {row['seconds']} |" for row in rows),
+        {"tokens": 8},
+        {"ratio": 0.1},
+        lambda rows: [cases.claim(f"{row['impl']}: speed", row["seconds"], 0.85) for row in rows],
+    )
+    todo = [{"vocab": 256, "impl": impl} for impl in ("fast", "large", "slow", "late")]
+    measured = [todo[0] | {"seconds": 0.9}, None, todo[2] | {"seconds": 0.5}]
+    with pytest.raises(KeyboardInterrupt):
+        table.fill(todo, stopped_after(measured))
+    text, result = (tmp_path / "it.md").read_text(), json.loads((tmp_path / "it.json").read_text())
+    assert "| 0.9 |\n| 0.5 |\n\nfast: speed: 90.0%, target at least 85.0%: met.\n" in text
+    assert "slow: speed: 50.0%, target at least 85.0%: not met.\n" in text
+    assert text.endswith("Missing, 256, large: not enough memory.\n\nMissing, 256, late: not reached.\n")
+    assert result["rows"] == [measured[0], measured[2]]
+    assert [claim["holds"] for claim in result["claims"]] == [True, False]
+    assert result["missing"] == ["256, large: not enough memory.", "256, late: not reached."]
+    assert (result["machine"]["tokens"], result["ratio"]) == (8, 0.1)
+
+
+def test_memory_that_ends_leaves_a_gap_and_other_errors_end_the_table() -> None:
+    cases = importlib.import_module("cases")
+
+    def measure(case: dict) -> dict:
+        if case["x"] == 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return {"y": 1 / (case["x"] - 3)}
+
+    found = list(cases.within_memory(measure, [{"x": x} for x in range(3)]))
+    assert found == [{"y": -1 / 3}, None, {"y": -1.0}]
+    with pytest.raises(ZeroDivisionError):
+        list(cases.within_memory(measure, [{"x": 3}]))
+
+
+TARGETS = {
+    "kernel_nelbo": {
+        "split: share of a copy of its bytes": True,
+        "split: memory beside the logits": False,
+        "whole: share of a copy of its bytes": True,
+        "whole: memory beside the logits": False,
+        "whole: faster than eager": False,
+    },
+    "kernel_posterior": {"draw at V = 131072, bfloat16, top-p 0.9: share of a copy": True},
+    "head_loss": {
+        "summed: memory beyond its inputs": True,
+        "summed: share of it that the three bare products take": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_report_of_any_first_rows_and_its_targets(name: str) -> None:
+    """What a stop leaves: no row, the first ones, a form without the one that it is compared with."""
+    module = importlib.import_module(name)
+    sizes = {"tokens": 8, "batch": 2, "repeats": 1, "hidden": 4, "vocab": 131072, "uniform_ratio": 0.1}
+    args = argparse.Namespace(device="cpu", threads=1, command="python it.py", **sizes)
+    row = {"vocab": 131072, "dtype": "bfloat16", "step": "top-p 0.9", "seconds": 0.1, "peak_mib": 2.0}
+    row |= {"logits_mib": 100.0, "copy_gb_per_second": 3e3, "copy_gb_s": 3e3, "read_gb": 30.0, "loss": 3.0}
+    row |= {"bytes_per_logit": 4.0, "share_of_copy": 0.9, "moved_gb": 270.0}
+    rows = [row | {"impl": impl} for impl in module.IMPLS]
+    left_out = () if name == "kernel_posterior" else ({},)
+    for some in ([], *[rows[:n] for n in range(1, len(rows) + 1)], rows[-1:]):
+        text = module.report(args, some, *left_out)
+        assert all(f"| {shown['impl']} |" in text for shown in some)
+    assert {claim["what"]: claim["holds"] for claim in module.claims(rows)} == TARGETS[name]
+    assert module.claims([]) == []
+
+
+def test_the_tables_of_a_gpu_end_within_eight_minutes() -> None:
+    """The build and every limit within what `make bench-gpu` gives, and that below 8 minutes."""
+    suite, running = (importlib.import_module(name) for name in ("gpu_suite", "gpu_parts.running"))
+    makefile = (BENCHMARKS.parent / "Makefile").read_text()
+    (line,) = re.findall(r"^bench-gpu:.*\n((?:\t.*\n)+)", makefile, re.MULTILINE)
+    minutes = float(re.search(r"--minutes ([0-9.]+)", line)[1])
+    names = re.search(r"--only ([a-z_ ]+)", line)[1].split()
+    parts = [part for part in suite.PARTS if part.name in names]
+    assert len(parts) == len(names) == 3
+    assert suite.VERSIONS.limit + sum(part.limit for part in parts) <= 60 * minutes
+    assert 60 * minutes + 2 * running.GRACE_SECONDS < 8 * 60
