@@ -125,8 +125,8 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
         "",
         "`dense` and `ancestral` draw from one law, noise removal included; other samplers have rules of "
         "their own, and `saber` chooses its number of steps. Memory is the peak above the model, where one "
-        f"float32 tensor [B, L, V] would be {whole:.0f} MiB; seconds are the process's own, with the network "
-        "below the head.",
+        f"float32 tensor [B, L, V] would be {whole:.0f} MiB, and 0 is below the meter; seconds are "
+        "the process's own, with the network below the head.",
         "",
         "| form | seconds | tokens/s | MiB | time ratio | memory ratio |",
         "|---|---|---|---|---|---|",
@@ -134,8 +134,8 @@ def report(args: argparse.Namespace, rows: list[dict]) -> str:
     for row in rows:
         lines.append(
             f"| {row['impl']} | {row['seconds']:.2f} | {args.tokens / row['seconds']:.1f} "
-            f"| {row['peak_mib']:.0f} | {row['seconds'] / base['seconds']:.3f} "
-            f"| {row['peak_mib'] / base['peak_mib']:.3f} |"
+            f"| {max(0.0, row['peak_mib']):.0f} | {row['seconds'] / base['seconds']:.3f} "
+            f"| {max(0.0, row['peak_mib']) / base['peak_mib']:.3f} |"
         )
     return "\n".join(lines) + "\n"
 
