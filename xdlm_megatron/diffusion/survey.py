@@ -53,20 +53,24 @@ def unpack(best_M: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def places_of(logits: Tensor, scale: float) -> Tensor:
-    """y: float32."""
+    """y: float32. scale: log2(e) / temperature."""
     return (logits.float() * scale).clamp_(-LARGEST, LARGEST)
 
 
+def bins_at(y: Tensor) -> Tensor:
+    """Integers as float32."""
+    return (y * BINS_A_LEVEL).sub_(0.5).round_()
+
+
 def bins_of(logits: Tensor, scale: float) -> Tensor:
-    """float32 -> int64. scale: log2(e) / temperature."""
-    return (BINS_A_LEVEL * places_of(logits, scale) - 0.5).round_().long()
+    """float32 -> int64."""
+    return bins_at(places_of(logits, scale)).long()
 
 
-def masses_of(logits: Tensor, scale: float) -> Tensor:
-    """2^(y - level) in units of 2^-15: int64."""
-    level = bins_of(logits, scale) // BINS_A_LEVEL
-    above = (places_of(logits, scale) - level).double()  # float32's exp2 depends on an element's place
-    return above.exp2_().mul_(2.0**MASS_BITS).round_().long()
+def masses_at(y: Tensor, bins: Tensor) -> Tensor:
+    """2^(y - level) in units of 2^-15, as bins_at gives the bins: integers as float32."""
+    level = (bins / BINS_A_LEVEL).floor_()
+    return torch.sub(y, level, out=level).exp2_().mul_(2.0**MASS_BITS).round_()
 
 
 def downwards_from(bin_M: Tensor) -> Tensor:

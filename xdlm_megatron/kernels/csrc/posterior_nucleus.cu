@@ -104,11 +104,11 @@ template <class T> struct Slice {
   float scale;
 
   // The n-th tile of this thread.
-  XDLM_FN int tile(int n) const {
+  XDLM_DEVICE int tile(int n) const {
     const int warp = thread_index() / kLanes, warps = block_threads() / kLanes;
     return (warp + n / kWords * warps) * kTilesAWarp + n % kWords * kLanes + thread_index() % kLanes;
   }
-  XDLM_FN int most_tiles() const {  // of a thread
+  XDLM_DEVICE int most_tiles() const {  // of a thread
     const int warps = block_threads() / kLanes;
     return (tiles + warps * kTilesAWarp - 1) / (warps * kTilesAWarp) * kWords;
   }
