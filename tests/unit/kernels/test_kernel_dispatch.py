@@ -57,7 +57,12 @@ def test_a_library_that_can_be_had_serves(library: Library, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("broken", "said"),
-    [("xdlm_nelbo_stats", "statistics"), ("xdlm_nelbo_whole", "losses"), ("xdlm_nelbo_whole", "gradients")],
+    [
+        ("xdlm_nelbo_stats", "statistics"),
+        ("xdlm_nelbo_whole", "losses"),
+        ("xdlm_nelbo_whole", "gradients"),
+        ("xdlm_posterior_nucleus", "nuclei"),
+    ],
 )
 def test_a_library_that_is_wrong_here_does_not_serve(
     broken: str, said: str, library: Library, monkeypatch: pytest.MonkeyPatch
@@ -72,6 +77,8 @@ def test_a_library_that_is_wrong_here_does_not_serve(
             given[-1 if said == "gradients" else 0].mul_(1.001)
             if said == "gradients":
                 given[-1][:, 5] = 0.0
+            if said == "nuclei":
+                given[0][2] = 0.0
 
     monkeypatch.setattr(library, "call", call)
     monkeypatch.setattr(dispatch, "_load", lambda device: library)
