@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "([^"]+)"', (HERE / "xdlm_megatron/__init__.py").read_text()).group(1)
 
 INSTALL_REQUIRES = [
-    "megatron-core>=0.16,<0.20",  # tested with 0.16.1 alone, the last release for Python 3.11
+    "megatron-core>=0.16,<0.17",  # 0.16.1 is the last for Python 3.11; 0.19 has other checkpoint writers
     "torch>=2.6,<2.14",  # tested with 2.13.0 alone; Megatron-Core needs 2.6
     "numpy>=1.26",
     "scipy>=1.11",

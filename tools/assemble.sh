@@ -53,12 +53,22 @@ else
   "$python" -m venv "$where"
   run=$where/bin/python use="source $where/bin/activate"
   # Not --system-site-packages: PYTHON may itself be of a virtual environment, whose packages that leaves out.
-  "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' \
-    > "$("$run" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages_of_the_node.pth"
+  packages=$("$run" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+  "$python" -c 'import site; print(*site.getsitepackages(), sep="\n")' > "$packages/packages_of_the_node.pth"
   "$run" -m pip --disable-pip-version-check uninstall --quiet --yes setuptools # an old one, in the node's way
   "$run" "${install[@]}" "${needed[@]}"
   # Ours in any case: the node may have some state of the same version.
   "$run" "${install[@]}" --no-deps --force-reinstall "$unpacked"/wheels/xdlm_megatron-*.whl
+  # Transformer Engine looks for CUDA's libraries, which came with torch, in its own environment alone.
+  "$python" - "$packages/nvidia" << 'PY'
+import pathlib, site, sys
+for packages in map(pathlib.Path, site.getsitepackages()):
+    for library in (packages / "nvidia").glob("*/"):
+        link = pathlib.Path(sys.argv[1], library.name)
+        link.parent.mkdir(exist_ok=True)
+        if not link.exists():
+            link.symlink_to(library)
+PY
   # The node's own torchrun starts the node's Python.
   printf '#!%s\nfrom torch.distributed.run import main\nmain()\n' "$run" > "$where/bin/torchrun"
   chmod +x "$where/bin/torchrun"

@@ -56,7 +56,10 @@ pip() { "$work/node/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 say "wheels: ours"
 wanted=()
-pip wheel --quiet --no-deps --wheel-dir "$work/wheels" "$root"
+# From a copy: a build folder of the checkout may hold modules that are no more.
+rm -rf "$work/source" && mkdir "$work/source"
+cp -R "$root"/{setup.py,pyproject.toml,README.md,LICENSE,xdlm_megatron} "$work/source/"
+pip wheel --quiet --no-deps --wheel-dir "$work/wheels" "$work/source"
 wanted+=("$(ls "$work"/wheels/xdlm_megatron-*.whl)")
 for extra in ${extras[@]+"${extras[@]}"}; do wanted+=("$extra"); done
 
@@ -74,7 +77,8 @@ fi
 
 say "wheels: what is missing there"
 # Resolved as on the node, then fetched by exact version. Its packages stay as they are.
-pip install --quiet --dry-run --report "$work/report.json" --constraint <(echo "torch==$torch") "${wanted[@]}"
+pip install --quiet --dry-run --report "$work/report.json" --constraint <(echo "torch==$torch"; grep '^megatron-core==' "$root/constraints/gpu.txt") \
+  "${wanted[@]}"
 "$work/node/bin/python" - "$work/report.json" > "$work/requirements.txt" << 'PY'
 import json, sys
 for item in json.load(open(sys.argv[1]))["install"]:

@@ -1,7 +1,11 @@
-"""Reads a Dockerfile, and carries out a stage of it without Docker: in a throw-away overlay of this machine.
+"""Reads a Dockerfile, and carries out a stage of it without Docker, in one of two places.
 
-The overlay's lower layer is this machine's root in the place of the stage's base image, so that what a stage
-changes is gone with the namespace it ran in. `python` is the tests' own. Needs root and overlayfs.
+An overlay: this machine's root, copied on write, in the place of the stage's base image; what a stage changes
+is gone with the namespace it ran in. `python` is the tests' own. Needs root and overlayfs.
+
+A prefix: a folder, under which the image's own paths are taken to lie. Needs no rights: apt-get says what it
+would install, and nobody is made a user. `python` is that of a new virtual environment in it, which sees the
+tests' packages.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,12 +75,27 @@ def copy_context(root: Path, target: Path) -> None:
     shutil.copytree(root, target, ignore=ignored, symlinks=True)
 
 
+# Folders that the Dockerfile makes or writes to, as it names them.
+_OF_THE_IMAGE = re.compile(r"(?<![\w./}-])/(?=(src|opt|wheels|xdlm|home/xdlm|var/lib/apt)\b)")
+_WITHOUT_RIGHTS = {
+    "useradd": 'mkdir -p "$PREFIX/home/xdlm"',
+    "install": 'mkdir -p "${@: -1}"',
+    "chown": "true",
+    "setpriv": 'while [[ $1 != env ]]; do shift; done; exec "$@"',
+}
+
+
+def in_prefix(text: str, prefix: Path) -> str:
+    """With the image's paths under `prefix`."""
+    return _OF_THE_IMAGE.sub(f"{prefix}/", text)
+
+
 def as_script(stage: Stage, context: Path, arguments: dict[str, str], skip: Callable[[str], bool]) -> str:
-    """The stage as a bash script for the inside of the overlay; RUN lines that `skip` names are left out.
+    """The stage as a bash script; RUN lines that `skip` names are left out.
 
     COPY of another stage is left out too. The health check comes last, as the user of the stage.
     """
-    lines = ["set -euo pipefail", f"export PATH={shlex.quote(sys.prefix)}/bin:$PATH HOME=/root"]
+    lines = ["set -euo pipefail"]
     user, check = "", ""
     for kind, value in stage.instructions:
         run = f"setpriv --reuid {user} --regid {user} --clear-groups env HOME=/home/xdlm " if user else ""
@@ -103,7 +123,8 @@ def as_script(stage: Stage, context: Path, arguments: dict[str, str], skip: Call
 
 def run_in_overlay(script: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
     """Runs a script as root in a copy-on-write view of this machine, of which nothing stays."""
-    (folder / "stage.sh").write_text(script)
+    paths = f"export PATH={shlex.quote(sys.prefix)}/bin:$PATH HOME=/root\n"
+    (folder / "stage.sh").write_text(paths + script)
     (folder / "root").mkdir()
     outer = f"""set -euo pipefail
 cd {folder}; mount -t tmpfs tmpfs root; mkdir root/upper root/work root/all
@@ -117,7 +138,53 @@ mkdir -p root/all{folder}/context; mount --bind {folder}/context root/all{folder
 exec chroot root/all bash /stage.sh
 """
     command = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "bash", "-c", outer]
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    return _run(command, timeout, _environment())
+
+
+def make_prefix(folder: Path) -> Path:
+    """A prefix in `folder`: what would need rights has a stand-in, apt-get simulates."""
+    prefix = folder / "prefix"
+    new_environment(prefix / "python")
+    (prefix / "bin").mkdir()
+    for name, does in _WITHOUT_RIGHTS.items():
+        (prefix / "bin" / name).write_text(f"#!/bin/bash\n{does}\n")
+        (prefix / "bin" / name).chmod(0o755)
+    for name in ("var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "tmp", "root"):
+        (prefix / name).mkdir(parents=True)
+    state = f'Dir::State::lists "{prefix}/var/lib/apt/lists"; Dir::Cache "{prefix}/var/cache/apt"; '
+    (prefix / "apt.conf").write_text(state + 'APT::Get::Simulate "true"; APT::Sandbox::User "";\n')
+    return prefix
+
+
+def new_environment(folder: Path) -> None:
+    """A virtual environment that sees the tests' packages, pip and torch among them."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "of_the_tests.pth").write_text(sysconfig.get_path("purelib"))
+
+
+def run_in_prefix(
+    script: str, prefix: Path, timeout: float, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a script as who we are, without a capability; the image's paths in it lie in the prefix."""
+    environment = _environment() | {
+        "PATH": f"{prefix}/bin:{prefix}/python/bin:{os.environ['PATH']}",
+        "PREFIX": str(prefix),
+        "HOME": f"{prefix}/root",
+        "TMPDIR": f"{prefix}/tmp",
+        "APT_CONFIG": f"{prefix}/apt.conf",
+        **variables,
+    }
+    powerless = ["/usr/bin/setpriv", "--no-new-privs", "--bounding-set=-all", "--inh-caps=-all"]
+    bash = ["bash", "-c", in_prefix(script, prefix)]
+    return _run([*powerless, *bash] if os.geteuid() == 0 else bash, timeout, environment)
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+def _run(command: list[str], timeout: float, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, env=environment
     )
