@@ -79,11 +79,11 @@ cd "$where/xdlm_megatron_source"
 "$run" -W ignore - << 'PY'
 import importlib.util, importlib.metadata as metadata
 import torch  # before Transformer Engine, which looks for the libraries that it loads
-import megatron.core, xdlm_megatron.train.run
 names = ["torch", "megatron-core", "xdlm_megatron"]
-if importlib.util.find_spec("transformer_engine"):
+if importlib.util.find_spec("transformer_engine"):  # before ours, which hides it where there is no GPU
     import transformer_engine.pytorch
     names.append("transformer-engine")
+import megatron.core, xdlm_megatron.train.run
 print("imports work:", ", ".join(f"{name} {metadata.version(name)}" for name in names))
 PY
 "$run" -m xdlm_megatron show-config examples/quickstart.yaml > /dev/null
