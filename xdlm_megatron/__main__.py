@@ -102,6 +102,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     given = {} if options.draws is None else {"num_draws": options.draws}
     wanted = EvaluateOptions(
         discrete_steps=options.discrete_steps,
+        reconstruction=options.reconstruction,
         texts=tuple(TextSet(path, rules) for rules, path in options.text),
         choices=tuple(options.choices),
         **given,

@@ -168,6 +168,11 @@ def _add_evaluate_options(parser: argparse.ArgumentParser) -> None:
         help="also the exact bound of the chain that T sampling steps and the noise removal make",
     )
     parser.add_argument(
+        "--reconstruction",
+        action="store_true",
+        help="also how often the likeliest token is right, by noise level and by what is seen in its place",
+    )
+    parser.add_argument(
         "--text",
         type=_text_set,
         action="append",

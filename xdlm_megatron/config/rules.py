@@ -89,6 +89,7 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
             yield f"model.mcore.{name}: cannot be set here; set {OWNED_MCORE_FIELDS[name]}"
         if name in FIXED_MCORE_FIELDS:
             yield f"model.mcore.{name}: cannot be set, {FIXED_MCORE_FIELDS[name]}; remove it"
+    yield from _twin_contradictions(config)
     if 0 < config.diffusion.uniform_ratio < 1e-12:
         yield (
             f"diffusion.uniform_ratio={config.diffusion.uniform_ratio} must be 0 or at least 1e-12, which "
@@ -105,6 +106,22 @@ def _model_contradictions(config: RunConfig) -> Iterator[str]:
         yield (
             f"data.mask_id={config.data.mask_id} must be below data.vocab_size={config.data.vocab_size}, "
             "which counts the mask; correct one of them"
+        )
+
+
+def _twin_contradictions(config: RunConfig) -> Iterator[str]:
+    """An autoregressive model has no noise, and reads every token before the one that it predicts."""
+    if not config.model.autoregressive:
+        return
+    knob, diffusion, parallel = "model.autoregressive=true", config.diffusion, config.parallel
+    if diffusion.uniform_ratio:
+        yield f"{knob} has no noise, and diffusion.uniform_ratio={diffusion.uniform_ratio}; set it to 0"
+    if config.sampling.kind != "left_to_right":
+        yield f"{knob} cannot sample by sampling.kind={config.sampling.kind}; take left_to_right"
+    if parallel.context_parallel_size > 1:
+        yield (
+            f"{knob} reads a whole sequence, and parallel.context_parallel_size="
+            f"{parallel.context_parallel_size} cuts it; set it to 1"
         )
 
 

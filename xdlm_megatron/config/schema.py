@@ -84,6 +84,8 @@ class Model:
     """Standard deviation of the initial weights."""
     zero_init_head: Flag = True
     """Start from the uniform predictor (loss log(V-1)), as the paper does; no effect on a tied head."""
+    autoregressive: Flag = False
+    """Predict each token from those before it, by causal attention: the twin that a study compares with."""
     transformer_impl: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layers by Transformer Engine (transformer_engine), PyTorch (local), or auto: the first if it runs."""
     mcore: dict[str, Any] = field(default_factory=dict)
@@ -357,6 +359,12 @@ class SaberSampler(AnySampler):
     """Tokens kept for each one that is taken back (mu)."""
 
 
+@section(frozen=True, kw_only=True, config=_STRICT)
+class LeftToRightSampler(AnySampler):
+    kind: Literal["left_to_right"]
+    """One token a step, from left to right: what an autoregressive model needs, and a denoiser may try."""
+
+
 def _kind_or_ancestral(value: Any) -> Any:
     """So that sampling.num_steps=8 alone is a section."""
     return value.get("kind", "ancestral") if isinstance(value, dict) else getattr(value, "kind", None)
@@ -368,7 +376,8 @@ Sampler = Annotated[
     | Annotated[RefineSampler, Tag("refine")]
     | Annotated[RemdmSampler, Tag("remdm")]
     | Annotated[RemdmLoopSampler, Tag("remdm_loop")]
-    | Annotated[SaberSampler, Tag("saber")],
+    | Annotated[SaberSampler, Tag("saber")]
+    | Annotated[LeftToRightSampler, Tag("left_to_right")],
     Discriminator(_kind_or_ancestral),
 ]
 

@@ -12,11 +12,13 @@ import numpy as np
 from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise
+from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.tokenizer import load_tokenizer
 from xdlm_megatron.evaluation.bound import BoundEvaluator, TimedObjective
 from xdlm_megatron.evaluation.choices import judge, make_requests, read_questions
 from xdlm_megatron.evaluation.likelihood import LikelihoodEvaluator
 from xdlm_megatron.evaluation.nelbo import NelboEvaluator, build_evaluator
+from xdlm_megatron.evaluation.reconstruction import reconstruction
 from xdlm_megatron.evaluation.report import Report, checkpoint_record
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restored, which_weights
 from xdlm_megatron.evaluation.text_stats import unigram_entropy
@@ -31,10 +33,12 @@ Ask = Callable[[list[Any]], Any]
 class EvaluateOptions:
     """What to evaluate; the fields are the command line's. Without texts and choices: data.valid_prefix.
 
-    discrete_steps: of a chain's bound; None: none. choices: files of questions. num_draws: for each choice.
+    discrete_steps: of a chain's bound; None: none. reconstruction: also how often the likeliest token is
+    right. choices: files of questions. num_draws: for each choice.
     """
 
     discrete_steps: int | None = None
+    reconstruction: bool = False
     texts: tuple[TextSet, ...] = ()
     choices: tuple[Path, ...] = ()
     num_draws: int = 128
@@ -66,9 +70,11 @@ class _Evaluation:
 
     def _bound(self, name: str, evaluator: NelboEvaluator, settings: dict[str, Any]) -> None:
         found = BoundEvaluator(evaluator, self.options.discrete_steps)(self.chunks)
+        accuracy = reconstruction(evaluator, self.chunks) if self.options.reconstruction else []
         if self.mesh.is_main:
             settings |= {"num_noise_draws": self.config.evaluation.num_noise_draws}
-            self.report.bounds(name, settings, found, unigram_entropy(_scored_ids(evaluator)))
+            entropy = unigram_entropy(_scored_ids(evaluator))
+            self.report.bounds(name, settings, found, accuracy, entropy)
 
     def choices(self, path: Path) -> None:
         questions, tokenizer = read_questions(path), load_tokenizer(self.config.data.tokenizer)
@@ -94,6 +100,10 @@ def evaluate(
         DataError, CheckpointError: a text or the checkpoint is missing or does not fit the recipe.
     """
     options = options or EvaluateOptions()
+    if config.model.autoregressive and options.discrete_steps is not None:
+        raise DataError(
+            "--discrete-steps bounds a chain, and model.autoregressive=true runs none; leave it out"
+        )
     path = choose_checkpoint(config, checkpoint)
     with restored(config, path, use_ema) as (mesh, chunks, step):
         kernels = choose_kernels_together(config.train.kernels, mesh)

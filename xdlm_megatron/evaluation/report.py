@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xdlm_megatron.checkpoint.integrity import fingerprint
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.evaluation.bound import Bound, Evaluated, TimeBin
 from xdlm_megatron.evaluation.choices import ChoiceResult
+from xdlm_megatron.evaluation.reconstruction import Accuracy
 from xdlm_megatron.evaluation.records import Estimate, write_record
+from xdlm_megatron.tracking.plot import COLOURS, STYLE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def checkpoint_record(config: RunConfig, path: Path, step: int, use_ema: bool) -> dict[str, Any]:
@@ -38,8 +44,17 @@ class Report:
     stem: Path
     model: dict[str, Any]
 
-    def bounds(self, name: str, settings: dict[str, Any], found: Evaluated, entropy: float) -> None:
-        """Of one text. name: goes behind the stem. entropy: of the text's tokens, nats."""
+    def bounds(
+        self,
+        name: str,
+        settings: dict[str, Any],
+        found: Evaluated,
+        accuracy: Sequence[Accuracy],
+        entropy: float,
+    ) -> None:
+        """Of one text. name: goes behind the stem. accuracy: of reconstruction, if it was asked for.
+        entropy: of the text's tokens, nats.
+        """
         window, low = found.window, self.config.diffusion.t_min
         paper = Estimate(window.nelbo_per_token, window.standard_error)
         lines = [
@@ -65,11 +80,14 @@ class Report:
             "num_sequences": window.num_sequences,
             "num_tokens": window.num_tokens,
             "unigram_entropy": entropy,
+            "reconstruction": [_accuracy_record(each, bin_) for each in accuracy for bin_ in each.by_time],
         }
         write_record(self._path(name, ".json"), self.model | settings | found_record)
         write_by_time(self._path(name, "-by_time.csv"), found.by_time)
         title = f"{self.config.run.name}, {self._path(name, '').name}"
         draw_by_time(self._path(name, "-by_time.png"), found.by_time, title)
+        if accuracy:
+            draw_reconstruction(self._path(name, "-reconstruction.png"), accuracy, title)
 
     def choices(self, name: str, settings: dict[str, Any], found: ChoiceResult) -> None:
         """Of one file of questions."""
@@ -132,6 +150,17 @@ def _bound_record(bound: Bound) -> dict[str, Any]:
     }
 
 
+def _accuracy_record(found: Accuracy, bin_: TimeBin) -> dict[str, Any]:
+    return {
+        "kind": found.kind,
+        "t_start": bin_.start,
+        "t_end": bin_.end,
+        "accuracy": bin_.density.mean,
+        "standard_error": bin_.density.standard_error,
+        "tokens": bin_.num_tokens,
+    }
+
+
 def write_by_time(path: Path, bins: Sequence[TimeBin]) -> None:
     """A line for each bin of t."""
     with path.open("w", newline="") as stream:
@@ -143,21 +172,39 @@ def write_by_time(path: Path, bins: Sequence[TimeBin]) -> None:
 
 def draw_by_time(path: Path, bins: Sequence[TimeBin], title: str) -> None:
     """The density over t, whose mean is the held-out NELBO, with its standard errors."""
+    with _axes_over_time(path, title) as axes:
+        _draw_bins(axes, bins, COLOURS[0])
+        axes.set_ylabel("nats per token and unit of t")
+
+
+def draw_reconstruction(path: Path, accuracy: Sequence[Accuracy], title: str) -> None:
+    """The share of right tokens over t, of each kind of what the network sees in their place."""
+    with _axes_over_time(path, title) as axes:
+        for colour, each in zip(COLOURS, accuracy, strict=False):
+            _draw_bins(axes, each.by_time, colour, each.kind)
+        axes.set_ylabel("likeliest token is right")
+        axes.legend()
+
+
+@contextmanager
+def _axes_over_time(path: Path, title: str) -> Iterator[Axes]:
+    """An empty figure over t, which is written when the block ends."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    from xdlm_megatron.tracking.plot import COLOURS, STYLE
-
-    middle = [(each.start + each.end) / 2 for each in bins]
-    density = [each.density.mean for each in bins]
-    error = [e if math.isfinite(e := each.density.standard_error) else 0.0 for each in bins]
     with rc_context(STYLE):
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()
-        axes.errorbar(middle, density, yerr=error, color=COLOURS[0], marker="o", markersize=3, capsize=2)
+        yield axes
         axes.set_xlabel("t (0: text, 1: noise)")
-        axes.set_ylabel("nats per token and unit of t")
         axes.set_xlim(0, 1)
         axes.set_ylim(bottom=0)
         axes.set_title(title, loc="left", fontsize=10)
         figure.savefig(path, dpi=150)
+
+
+def _draw_bins(axes: Axes, bins: Sequence[TimeBin], colour: str, label: str | None = None) -> None:
+    middle = [(each.start + each.end) / 2 for each in bins]
+    mean = [each.density.mean for each in bins]
+    error = [e if math.isfinite(e := each.density.standard_error) else 0.0 for each in bins]
+    axes.errorbar(middle, mean, yerr=error, color=colour, marker="o", markersize=3, capsize=2, label=label)

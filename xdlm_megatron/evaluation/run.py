@@ -20,6 +20,7 @@ from xdlm_megatron.evaluation.restore import choose_checkpoint, restored, which_
 from xdlm_megatron.evaluation.samples_on_disk import (
     describe_samples,
     mean_of,
+    samples_name,
     write_samples,
     write_traces,
 )
@@ -55,10 +56,8 @@ def sample(
             records = describe_samples(tokenizer, observed_S, samples)
             title = f"{path} (step {step}, {which_weights(use_ema)})"
             _print_samples(tokenizer, config, options, samples, records, title)
-            name = (
-                f"{path.name}-{'ema' if use_ema else 'plain'}-{config.sampling.kind}-seed{options.seed}.json"
-            )
-            file = run_folder(config) / "samples" / name
+            name = samples_name(config.sampling, options.seed)
+            file = run_folder(config) / "samples" / f"{path.name}-{'ema' if use_ema else 'plain'}-{name}"
             write_samples(file, config, options, path, step, use_ema, records)
             if options.trace_frames:
                 write_traces(file, tokenizer, observed_S, samples, title, _facts(config, records[:1]))

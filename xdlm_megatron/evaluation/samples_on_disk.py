@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xdlm_megatron.checkpoint.integrity import fingerprint
 from xdlm_megatron.config.load import to_tree
-from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.config.schema import AnySampler, RunConfig
 from xdlm_megatron.data.tokenizer import Tokenizer
 from xdlm_megatron.evaluation.generation import SampleOptions, Samples
 from xdlm_megatron.evaluation.order import kendall_tau, parallelism
@@ -46,6 +46,12 @@ def mean_of(records: list[dict[str, Any]], name: str) -> float:
     """Over the samples that have the number; NaN where none does."""
     values = [record[name] for record in records if math.isfinite(record[name])]
     return sum(values) / len(values) if values else math.nan
+
+
+def samples_name(settings: AnySampler, seed: int) -> str:
+    """The end of a file's name: the sampler, its steps if they are a setting, and the seed."""
+    steps = getattr(settings, "num_steps", None)
+    return f"{settings.kind}{'' if steps is None else f'-{steps}steps'}-seed{seed}.json"
 
 
 def write_samples(

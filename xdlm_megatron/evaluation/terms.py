@@ -19,6 +19,7 @@ from xdlm_megatron.data.batch import Batch, NoisedSamples
 from xdlm_megatron.diffusion.nelbo import prior_kl
 from xdlm_megatron.evaluation.rounds import Rounds
 from xdlm_megatron.evaluation.steps import Chain, StepObjective, one_step
+from xdlm_megatron.model.build import unwrap
 from xdlm_megatron.model.objective import Objective
 
 
@@ -41,8 +42,13 @@ class Terms:
         return self.rounds.sums(self.objective.forward_step, build, self.num_rows, self.objective.reports)
 
     def strict(self, density: dict[str, Tensor]) -> dict[str, Tensor]:
-        """prior, diffusion and reconstruction, nats [R] each, from what `density` returned."""
+        """prior, diffusion and reconstruction, nats [R] each, from what `density` returned.
+
+        Of an autoregressive model, whose likelihood is exact, the next token's cross-entropy alone.
+        """
         samples = self.samples
+        if unwrap(self.rounds.chunks[0]).autoregressive:
+            return {"next token": density["nelbo_per_sequence"]}
         ends = torch.tensor([samples.t_min, 1.0], dtype=torch.float64)
         alpha_0, alpha_1 = samples.schedule.alpha(ends).tolist()
         if samples.noise.uniform_ratio == 0:

@@ -1,4 +1,4 @@
-"""Bidirectional attention on torch's scaled_dot_product_attention: no [S, S] scores are kept.
+"""Attention on torch's scaled_dot_product_attention, full or causal: no [S, S] scores are kept.
 
 Shapes: S positions of this context-parallel rank, T of the whole sequence, B batch,
 N query heads of this rank, G key/value heads of this rank, D head width.
@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class SDPAttention(MegatronModule):
-    """Megatron-Core's `core_attention`: full attention, grouped queries, context parallel, on CPU and CUDA.
+    """Megatron-Core's `core_attention`: full or causal, grouped queries, context parallel, on CPU and CUDA.
 
     Upstream's local DotProductAttention keeps the [B, N, S, S] scores; the flash or memory-efficient kernels
     behind SDPA do not (on a CPU, attention dropout still makes them).
@@ -35,6 +36,7 @@ class SDPAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config=config)
+        self.causal = attn_mask_type is AttnMaskType.causal
         self.context_group = pg_collection.cp if config.context_parallel_size > 1 else None
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
@@ -60,12 +62,16 @@ class SDPAttention(MegatronModule):
         if query.is_cuda and query.dtype is torch.float32 and key.shape[1] != N:
             # Only the scores-keeping kernel takes grouped queries in float32 there.
             key, value = (x.repeat_interleave(N // x.shape[1], dim=1) for x in (key, value))
+        allowed = None if attention_mask is None else ~attention_mask
+        if self.causal and allowed is not None:  # torch takes a mask or the flag
+            allowed = allowed.tril()
         attend = functools.partial(
             torch.nn.functional.scaled_dot_product_attention,
             query,
             key,
             value,
-            attn_mask=None if attention_mask is None else ~attention_mask,
+            attn_mask=allowed,
+            is_causal=self.causal and allowed is None,
             scale=self.softmax_scale,
             enable_gqa=key.shape[1] != N,
         )

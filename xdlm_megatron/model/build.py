@@ -116,7 +116,12 @@ def _build_chunk(
     chunk_index = index if mesh.virtual_pipeline_size else None
     chunk = DiffusionLM(
         transformer,
-        build_block_spec(transformer, chunk_index, masked=keeps_documents_apart(config.data)),
+        build_block_spec(
+            transformer,
+            chunk_index,
+            masked=keeps_documents_apart(config.data),
+            causal=config.model.autoregressive,
+        ),
         padded_vocab_size=padded_vocab_size(config),
         seq_length=config.data.seq_length,
         groups=mesh.groups,
@@ -125,6 +130,7 @@ def _build_chunk(
         chunk=chunk_index,
         share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
         rotary_base=config.model.rotary_base,
+        start_id=config.data.mask_id if config.model.autoregressive else None,
     )
     if draw_weights:
         tied = config.model.share_embeddings_and_output_weights

@@ -29,7 +29,8 @@ class DiffusionLM(LanguageModule):
     """z_t -> logits of x_0, with full attention and no time input (the paper feeds a constant).
 
     One pipeline chunk of it: the first has the embedding, the last the final norm and the head. The loss is
-    not in here.
+    not in here. With causal layers and a `start_id` it is the autoregressive twin: x_0 -> logits of each of
+    its tokens given those before it.
     """
 
     def __init__(
@@ -44,13 +45,16 @@ class DiffusionLM(LanguageModule):
         chunk: int | None = None,
         share_embeddings_and_output_weights: bool = False,
         rotary_base: int = 10_000,
+        start_id: int | None = None,
     ) -> None:
+        """start_id: what the autoregressive twin reads before the first token; None: a denoiser."""
         super().__init__(config=config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
         # Names that Megatron-Core's pipeline schedules and gradient finalisation read:
         self.pre_process = is_first_stage
         self.post_process = is_last_stage
         self.vp_stage = chunk
+        self.start_id = start_id
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         if is_first_stage:
             self.embedding = LanguageModelEmbedding(
@@ -85,6 +89,10 @@ class DiffusionLM(LanguageModule):
             )
         if is_first_stage or is_last_stage:
             self.setup_embeddings_and_output_layer()
+
+    @property
+    def autoregressive(self) -> bool:
+        return self.start_id is not None
 
     def set_input_tensor(self, input_tensor: torch.Tensor | list[torch.Tensor]) -> None:
         """What the pipeline schedule received from the stage before, [S, B, H]."""
@@ -131,6 +139,8 @@ class DiffusionLM(LanguageModule):
             without_head: the last stage returns what the head multiplies, hidden [S, B, H] of the whole
                 sequence on every tensor-parallel rank; backward sums its gradient over them.
         """
+        if self.start_id is not None:
+            zt_BS = moved_by_one(zt_BS, self.start_id, document_BT)
         hidden = self.embedding(input_ids=zt_BS, position_ids=None) if self.pre_process else None
         # Of the whole sequence, then our slice of it: upstream would cut the zig-zag that causal masks need.
         cp, S = self.pg_collection.cp, zt_BS.shape[1]
@@ -160,6 +170,15 @@ def _head_config(config: TransformerConfig) -> TransformerConfig:
     plain = copy.copy(config)
     plain.gradient_accumulation_fusion = False
     return plain
+
+
+def moved_by_one(ids_BS: torch.Tensor, start_id: int, document_BS: torch.Tensor | None) -> torch.Tensor:
+    """int64 [B, S]: at each position the token before it, start_id where its document begins."""
+    moved_BS = ids_BS.roll(1, dims=1)
+    moved_BS[:, 0] = start_id
+    if document_BS is None:
+        return moved_BS
+    return torch.where(positions_within(document_BS) == 0, start_id, moved_BS)
 
 
 def positions_within(document_BT: torch.Tensor) -> torch.Tensor:

@@ -46,9 +46,9 @@ def core_attention(config: TransformerConfig, masked: bool = False) -> type:
 
 
 def build_block_spec(
-    config: TransformerConfig, chunk: int | None, masked: bool = False
+    config: TransformerConfig, chunk: int | None, masked: bool = False, causal: bool = False
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline chunk: full attention, RMSNorm everywhere.
+    """The layers of one pipeline chunk: RMSNorm everywhere, full attention or causal.
 
     Args:
         chunk: index of the virtual pipeline chunk, None without interleaving.
@@ -57,7 +57,7 @@ def build_block_spec(
     by_engine = config.transformer_impl == "transformer_engine"
     layer, norm = _engine_layer(config) if by_engine else _local_layer(config)
     attention = layer.submodules.self_attention
-    attention.params["attn_mask_type"] = AttnMaskType.no_mask
+    attention.params["attn_mask_type"] = AttnMaskType.causal if causal else AttnMaskType.no_mask
     attention.submodules.core_attention = core_attention(config, masked)
     num_layers = get_num_layers_to_build(config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -6,7 +6,7 @@ Shapes: B micro-batch, S sequence, H hidden, P vocabulary shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -38,6 +38,8 @@ class NoisedBatch(Protocol):
 class Objective:
     """The negative ELBO per token, as `forward_step_func` of Megatron's schedules.
 
+    Of an autoregressive model, the cross-entropy of the next token: its noise is that of uniform_ratio 0.
+
     fuse_head: the model stops before its head; the loss goes on from there and never makes the logits.
     "auto": where that pays.
     ops: who does the loss's work on rows of logits.
@@ -51,6 +53,9 @@ class Objective:
     def forward_step(self, batches: Iterator[NoisedBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """Runs one micro-batch; the loss function is called on the last pipeline stage only."""
         batch = next(batches)
+        seen_BS = batch.zt_BS
+        if unwrap(model).autoregressive:
+            seen_BS, batch = batch.x0_BS, next_token_batch(batch, self.noise)
         fuse_head = self._fuses_head(batch, model)
 
         def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -59,7 +64,7 @@ class Objective:
             report = self.report(nelbo_BS.detach(), batch)
             return nelbo_BS.sum(), report["tokens_per_sequence"].sum(dtype=torch.int), report
 
-        return model(batch.zt_BS, batch.document_BT, fuse_head), loss_function
+        return model(seen_BS, batch.document_BT, fuse_head), loss_function
 
     @property
     def reports(self) -> dict[str, tuple[int, ...]]:
@@ -94,6 +99,21 @@ class Objective:
             )
         in_place = torch.is_grad_enabled()
         return vocab_parallel_nelbo(output, *tokens, group=group, grad_in_place=in_place, ops=self.ops)
+
+
+def next_token_batch(batch: Any, noise: StationaryNoise) -> NoisedBatch:
+    """The batch whose NELBO is the cross-entropy of every scored token: all masks, each with weight 1.
+
+    Without uniform noise a mask's loss is -dalpha / beta times -log p of its token (nelbo.py).
+    """
+    zero_BS = torch.zeros_like(batch.alpha_BS)
+    return replace(
+        batch,
+        zt_BS=torch.full_like(batch.zt_BS, noise.mask_id),
+        alpha_BS=zero_BS,
+        beta_BS=zero_BS + 1,
+        dalpha_BS=-batch.scored_BS.to(zero_BS.dtype),
+    )
 
 
 def _float32_main_grad(weight: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ from xdlm_megatron.samplers.blocks import block_by_block
 from xdlm_megatron.samplers.chain import Chain, Counted, OnStep
 from xdlm_megatron.samplers.confidence import confidence
 from xdlm_megatron.samplers.guidance import guide
+from xdlm_megatron.samplers.left_to_right import left_to_right
 from xdlm_megatron.samplers.refine import refine
 from xdlm_megatron.samplers.remdm import remdm, remdm_loop
 from xdlm_megatron.samplers.saber import saber
@@ -33,6 +34,7 @@ SAMPLERS: dict[str, Callable[[Chain, Any], None]] = {
     "remdm": remdm,
     "remdm_loop": remdm_loop,
     "saber": saber,
+    "left_to_right": left_to_right,
 }
 
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -83,7 +83,7 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepPlan:
     points, left_out = [], []
     wanted = list(_combinations(sweep))
     for size, budget, axes in tqdm(wanted, "plan", leave=False, delay=1, disable=None):
-        name = "-".join([size, _budget_name(sweep, budget), *_axis_names(axes)])
+        name = "-".join([size, _budget_name(sweep, budget), *(value.name for value in axes)])
         config = builder.build(name, size, budget, axes)
         reason = _outside(sweep, config)
         if reason is None:
@@ -100,10 +100,32 @@ def load_sweep(path: str | Path, overrides: Sequence[str] = ()) -> SweepPlan:
     return SweepPlan(run.name, builder.folder, sweep, points, left_out)
 
 
-def _combinations(sweep: Sweep) -> Iterator[tuple[str, float, dict[str, Any]]]:
+class _AxisValue(NamedTuple):
+    """Where an axis stands: its part of the run's name, and what it sets. source: for messages."""
+
+    name: str
+    fields: Mapping[str, Any]
+    source: str
+
+
+def _combinations(sweep: Sweep) -> Iterator[tuple[str, float, tuple[_AxisValue, ...]]]:
+    axes = [_axis_values(axis, values) for axis, values in sweep.axes.items()]
     for size, budget in itertools.product(sweep.sizes, sweep.design.budgets):
-        for values in itertools.product(*sweep.axes.values()):
-            yield size, budget, dict(zip(sweep.axes, values, strict=True))
+        for values in itertools.product(*axes):
+            yield size, budget, values
+
+
+def _axis_values(axis: str, values: list[Any] | Mapping[str, Mapping[str, Any]]) -> list[_AxisValue]:
+    """Of a field, its values; of an axis of cases, named by them."""
+    source = f"sweep.axes.{axis}"
+    if isinstance(values, list):
+        field = axis.split(".")[-1]
+        return [_AxisValue(f"{field}{_word(value)}", {axis: value}, source) for value in values]
+    return [_AxisValue(_word(name), fields, f"{source}.{name}") for name, fields in values.items()]
+
+
+def _word(value: Any) -> str:
+    return _NOT_IN_NAMES.sub("_", str(value))
 
 
 def _check_sizes(sweep: Sweep, source: str) -> None:
@@ -130,10 +152,6 @@ def _budget_name(sweep: Sweep, budget: float) -> str:
     return sweep.design.letter + f"{budget:.4g}".replace("e+", "e")
 
 
-def _axis_names(axes: Mapping[str, Any]) -> list[str]:
-    return [f"{name.split('.')[-1]}{_NOT_IN_NAMES.sub('_', str(value))}" for name, value in axes.items()]
-
-
 class _Builder:
     """Makes recipes and places them on processes."""
 
@@ -141,7 +159,7 @@ class _Builder:
         self.sweep, self.tree, self.folder = sweep, tree, folder
         self._plans: dict[str, Plan] = {}
 
-    def build(self, name: str, size: str, budget: float, axes: Mapping[str, Any]) -> RunConfig:
+    def build(self, name: str, size: str, budget: float, axes: Sequence[_AxisValue]) -> RunConfig:
         """The recipe of a run: once with one step, for what its length follows from, then with its length."""
         sweep = self.sweep
         tree = copy.deepcopy(dict(self.tree))
@@ -150,8 +168,9 @@ class _Builder:
         tree["run"] |= {"name": name, "output_dir": str(self.folder)}
         tree["tracking"].setdefault("parent_run", self.folder.name)
         tree["model"] |= sweep.sizes[size] if isinstance(sweep.sizes, dict) else vars(LADDER[size])
-        for dotted, value in axes.items():
-            set_field(tree, dotted, value, f"sweep.axes.{dotted}")
+        for axis in axes:
+            for dotted, value in axis.fields.items():
+                set_field(tree, dotted, value, axis.source)
         train = tree["train"]
         if sweep.batch != "fixed":
             train["global_batch_size"] = train.get("micro_batch_size")

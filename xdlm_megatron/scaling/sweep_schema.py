@@ -14,6 +14,8 @@ from xdlm_megatron.scaling.ladder import BATCH_RULES, LR_RULES
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Budgets = Annotated[list[PositiveFloat], Field(min_length=1)]
+FieldAxis = Annotated[list[Any], Field(min_length=1)]
+CaseAxis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
@@ -80,8 +82,9 @@ class Sweep:
     """Fewest and most steps; a run that needs fewer or more is left out."""
     tokens_per_parameter: tuple[NonNegativeFloat, PositiveFloat] = (0.0, 1e9)
     """Fewest and most tokens per parameter; a run that sees fewer or more is left out."""
-    axes: dict[str, Annotated[list[Any], Field(min_length=1)]] = field(default_factory=dict)
-    """Fields of the recipe and their values: every combination is run. Seeds: run.seed."""
+    axes: dict[str, FieldAxis | CaseAxis] = field(default_factory=dict)
+    """Fields of the recipe and their values: every combination is run. Seeds: run.seed. Under a name of your
+    own, cases that set several fields: {noise: {mdlm: {diffusion.uniform_ratio: 0}, ...}}."""
     batch: Literal["fixed", *BATCH_RULES] = "gidd"  # type: ignore[valid-type]
     """Tokens of a step: a rule of scaling/ladder.py; fixed: the recipe's train.global_batch_size."""
     lr: Literal["fixed", *LR_RULES] = "deepseek"  # type: ignore[valid-type]
