@@ -57,7 +57,7 @@ class Bound:
 
 @dataclass(frozen=True)
 class TimeBin:
-    """The density, nats per token and unit of t, averaged over the tokens with t in [start, end)."""
+    """A mean over the tokens with t in [start, end): of the density, nats per token and unit of t."""
 
     start: float
     end: float
@@ -75,6 +75,11 @@ class Evaluated:
     discrete: Bound | None
 
 
+def bin_of(t_BS: Tensor, t_min: float) -> Tensor:
+    """int64 [B, S]: which of NUM_BINS equal parts of (t_min, 1) a time is in."""
+    return ((t_BS - t_min) / (1 - t_min) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+
+
 @dataclass(frozen=True)
 class TimedObjective(Objective):
     """The objective, reporting where in time the nats are."""
@@ -87,7 +92,7 @@ class TimedObjective(Objective):
 
     def report(self, nelbo_BS: Tensor, batch: Batch) -> dict[str, Tensor]:
         """As Objective's; nats_by_time and tokens_by_time float64 [B, T]."""
-        bin_BS = ((batch.t_BS - self.t_min) / (1 - self.t_min) * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        bin_BS = bin_of(batch.t_BS, self.t_min)
         nothing_BT = torch.zeros(len(bin_BS), NUM_BINS, dtype=torch.float64, device=bin_BS.device)
         return {
             **super().report(nelbo_BS, batch),
@@ -117,7 +122,8 @@ class BoundEvaluator:
             steps_R = {"prior": prior * tokens_R, "steps": terms.steps(chain)}
             discrete = self._bound(steps_R, tokens_R, self.discrete_steps)
         bound = self._bound(terms.strict(rows), tokens_R)
-        return Evaluated(bound, self.nelbo.result(rows), self._by_time(rows), discrete)
+        by_time = bins_of(rows["nats_by_time"], rows["tokens_by_time"], samples.t_min)
+        return Evaluated(bound, self.nelbo.result(rows), by_time, discrete)
 
     def _bound(self, parts_R: dict[str, Tensor], tokens_R: Tensor, num_steps: int | None = None) -> Bound:
         mean = self.nelbo.per_sequence
@@ -126,14 +132,14 @@ class BoundEvaluator:
         total = ratio(mean(sum(parts_R.values(), torch.zeros_like(tokens_R))), tokens_N)
         return Bound(total, parts, bits_per_byte(total.mean, self.nelbo.bytes_per_token), num_steps)
 
-    def _by_time(self, rows: dict[str, Tensor]) -> list[TimeBin]:
-        t_min = self.nelbo.samples.t_min
-        edges = torch.linspace(t_min, 1, NUM_BINS + 1, dtype=torch.float64).tolist()
-        found = []
-        for index, (start, end) in enumerate(pairwise(edges)):
-            nats_R, tokens_R = (rows[name][:, index] for name in ("nats_by_time", "tokens_by_time"))
-            here_R = tokens_R > 0
-            if here_R.any():
-                density = ratio(nats_R[here_R], tokens_R[here_R])
-                found.append(TimeBin(start, end, density, int(tokens_R.sum())))
-        return found
+
+def bins_of(sums_RT: Tensor, tokens_RT: Tensor, t_min: float) -> list[TimeBin]:
+    """Sums per token in each bin that has any, float64 [R, NUM_BINS] both."""
+    edges = torch.linspace(t_min, 1, NUM_BINS + 1, dtype=torch.float64).tolist()
+    found = []
+    for index, (start, end) in enumerate(pairwise(edges)):
+        here_R = tokens_RT[:, index] > 0
+        if here_R.any():
+            density = ratio(sums_RT[here_R, index], tokens_RT[here_R, index])
+            found.append(TimeBin(start, end, density, int(tokens_RT[:, index].sum())))
+    return found

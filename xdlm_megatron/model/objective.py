@@ -52,10 +52,7 @@ class Objective:
 
     def forward_step(self, batches: Iterator[NoisedBatch], model: Any) -> tuple[Tensor, LossFunction]:
         """Runs one micro-batch; the loss function is called on the last pipeline stage only."""
-        batch = next(batches)
-        seen_BS = batch.zt_BS
-        if unwrap(model).autoregressive:
-            seen_BS, batch = batch.x0_BS, next_token_batch(batch, self.noise)
+        seen_BS, batch = seen_and_asked(next(batches), model, self.noise)
         fuse_head = self._fuses_head(batch, model)
 
         def loss_function(output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -101,19 +98,23 @@ class Objective:
         return vocab_parallel_nelbo(output, *tokens, group=group, grad_in_place=in_place, ops=self.ops)
 
 
-def next_token_batch(batch: Any, noise: StationaryNoise) -> NoisedBatch:
-    """The batch whose NELBO is the cross-entropy of every scored token: all masks, each with weight 1.
+def seen_and_asked(batch: Any, model: Any, noise: StationaryNoise) -> tuple[Tensor, NoisedBatch]:
+    """What the model reads [B, S] of a batch, and the batch that its loss is of.
 
-    Without uniform noise a mask's loss is -dalpha / beta times -log p of its token (nelbo.py).
+    An autoregressive model reads x0, and its loss is the NELBO of nothing but masks, each with weight 1:
+    without uniform noise a mask's loss is -dalpha / beta times -log p of its token (nelbo.py).
     """
+    if not unwrap(model).autoregressive:
+        return batch.zt_BS, batch
     zero_BS = torch.zeros_like(batch.alpha_BS)
-    return replace(
+    asked = replace(
         batch,
         zt_BS=torch.full_like(batch.zt_BS, noise.mask_id),
         alpha_BS=zero_BS,
         beta_BS=zero_BS + 1,
         dalpha_BS=-batch.scored_BS.to(zero_BS.dtype),
     )
+    return batch.x0_BS, asked
 
 
 def _float32_main_grad(weight: Tensor) -> Tensor | None:
