@@ -38,6 +38,9 @@ def main() -> int:
     parser.add_argument("--mauve", action="store_true", help="MAUVE by the scorer's features (extra `mauve`)")
     parser.add_argument("--device", default="cpu", help="where the scorer runs, such as cuda (default cpu)")
     parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the scorer (default float32)"
+    )
+    parser.add_argument(
         "--recipe", type=Path, help="whose held-out text is the reference (default: the run folder's)"
     )
     options = parser.parse_args()
@@ -46,7 +49,7 @@ def main() -> int:
             check_mauve(options.scorer)
         paths = [path for path in options.samples if not path.name.endswith(ENDING)]
         files = [(path, read_samples(path)) for path in paths]
-        scorer = CausalScorer(options.scorer, options.device) if options.scorer else None
+        scorer = CausalScorer(options.scorer, options.device, options.dtype) if options.scorer else None
         for path, samples in files:
             reference = find_reference(options.recipe or path.parents[1] / "recipe.yaml", len(samples.ids))
             mauve = mauve_of(scorer, samples.texts, reference and reference.texts) if options.mauve else None

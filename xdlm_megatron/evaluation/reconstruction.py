@@ -86,7 +86,9 @@ class ReconstructionObjective:
     @staticmethod
     def _count(place_BS: Tensor, counted_BS: Tensor) -> Tensor:
         """float64 [B, K, T]."""
-        nothing = torch.zeros(len(place_BS), len(KINDS) * NUM_BINS, dtype=torch.float64, device=place_BS.device)
+        nothing = torch.zeros(
+            len(place_BS), len(KINDS) * NUM_BINS, dtype=torch.float64, device=place_BS.device
+        )
         return nothing.scatter_add(1, place_BS, counted_BS.double()).view(-1, len(KINDS), NUM_BINS)
 
 

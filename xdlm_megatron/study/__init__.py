@@ -1,0 +1,1 @@
+"""Likelihood against generation: the models of a sweep measured by one protocol, compared with intervals."""
