@@ -202,6 +202,23 @@ def _sweep(options: argparse.Namespace) -> int:
     return sweep_run.submit_missing(plan)
 
 
+def _study(options: argparse.Namespace) -> int:
+    from xdlm_megatron.scaling.sweep import load_sweep
+    from xdlm_megatron.study.protocol import Protocol
+    from xdlm_megatron.study.run import study
+
+    protocol = Protocol(
+        num_steps=tuple(options.steps),
+        dynamics_steps=options.dynamics_steps,
+        num_samples=options.num_samples,
+        batch_size=options.batch_size,
+        scorer=options.scorer,
+        scorer_dtype=options.scorer_dtype,
+    )
+    plan = load_sweep(options.recipe, options.overrides)
+    return study(plan, protocol, options.local, Path(options.output))
+
+
 def _is_ours(error: BaseException) -> bool:
     """Whether this package raised it: what others raise is a bug, and needs its traceback."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -223,6 +240,7 @@ VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "convert": _convert,
     "plan": _plan,
     "sweep": _sweep,
+    "study": _study,
     "fit": _fit,
 }
 

@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert_options(verb("convert", "weights from or to a Hugging Face folder"))
     _add_plan_options(verb("plan", "memory, time and the best layout of a recipe on a cluster"))
     _add_sweep_options(verb("sweep", "many runs from one file, by Slurm or here: starts what is missing"))
+    _add_study_options(verb("study", "the models of a sweep trained here, measured and compared"))
     _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser
 
@@ -130,6 +131,31 @@ def _add_sweep_options(parser: argparse.ArgumentParser) -> None:
         "--table", metavar="FILE.csv", help="write the finished runs as `fit --points` reads them"
     )
     what.add_argument("--local", type=_COUNT, metavar="N", help="without Slurm: on this machine, N at a time")
+
+
+def _add_study_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--local", type=_COUNT, default=2, metavar="N", help="runs at a time (default 2)")
+    parser.add_argument("--output", default="study", help="folder of tables and pictures (default study)")
+    parser.add_argument(
+        "--steps",
+        type=_COUNT,
+        nargs="+",
+        default=[4, 8, 16, 32, 64],
+        help="of sampling (default 4 8 16 32 64)",
+    )
+    parser.add_argument(
+        "--dynamics-steps", type=_COUNT, default=16, metavar="T", help="of sampling on the way (default 16)"
+    )
+    parser.add_argument(
+        "--num-samples", type=_COUNT, default=128, help="of each model and setting (default 128)"
+    )
+    parser.add_argument("--batch-size", type=_COUNT, default=64, help="sequences at a time (default 64)")
+    parser.add_argument(
+        "--scorer", type=Path, metavar="FOLDER", help="a causal language model, as tools/score_samples.py's"
+    )
+    parser.add_argument(
+        "--scorer-dtype", choices=("float32", "bfloat16"), default="float32", help="default float32"
+    )
 
 
 _FIT = "Fit L(N, D), iso-FLOP valleys and the frontier to finished runs; each uniform_ratio on its own."

@@ -1,0 +1,164 @@
+"""What a study found, as Markdown: means over seeds with their 95 % intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from xdlm_megatron.study.collect import AccuracyRow, Interval, Results, SampleRow, over_seeds
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+def write_tables(results: Results, title: str, facts: Sequence[str]) -> str:
+    """The whole page. facts: a line each, on how it was made."""
+    parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
+    parts += ["## Likelihood", likelihood(results)]
+    parts += ["## Samples by ancestral steps", generation(results)]
+    if results.accuracies:
+        parts += ["## Reconstruction", reconstruction(results)]
+    parts += ["## Over training", dynamics(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def models(results: Results) -> list[str]:
+    """In the order of the sweep."""
+    return list(dict.fromkeys(row.model for row in results.bounds))
+
+
+def last_step(results: Results) -> int:
+    return max(row.step for row in results.bounds)
+
+
+def final_samples(results: Results, model: str) -> dict[int, list[SampleRow]]:
+    """Of a model's last checkpoints: steps of its own sampler (0: no setting) -> a row a seed."""
+    own = ("ancestral", "left_to_right")
+    rows = [row for row in results.samples if row.model == model and row.sampler in own]
+    found: dict[int, list[SampleRow]] = {}
+    for row in rows:
+        if row.step == last_step(results):
+            found.setdefault(row.num_steps, []).append(row)
+    return dict(sorted(found.items()))
+
+
+def over(rows: Iterable[SampleRow], value: Callable[[SampleRow], float]) -> Interval:
+    return over_seeds([value(row) for row in rows])
+
+
+def likelihood(results: Results) -> str:
+    lines = []
+    for model in models(results):
+        rows = [row for row in results.bounds if row.model == model and row.step == last_step(results)]
+        bound, bits, window = (
+            over_seeds([getattr(row, name) for row in rows]) for name in ("bound", "bits_per_byte", "window")
+        )
+        lines.append(
+            [model, pm(bound, 3), pm(bits, 3), pm(window, 3), f"{math.exp(bound.mean):.2f}", str(len(rows))]
+        )
+    heads = ["model", "strict bound, nats a token", "bits a byte", "paper's window", "perplexity", "seeds"]
+    return table(heads, lines)
+
+
+def generation(results: Results) -> str:
+    """Generative perplexity (intervals on the log scale), never without entropy and repetition."""
+    lines = []
+    for model in models(results):
+        for steps, rows in final_samples(results, model).items():
+            nats = over(rows, lambda row: row.nats)
+            lines.append(
+                [
+                    model,
+                    str(steps) if steps else "a token each",
+                    f"{over(rows, lambda row: row.calls).mean:.3g}",
+                    *_scores(nats, over(rows, lambda row: row.bits_per_byte)),
+                    pm(over(rows, lambda row: row.entropy), 3),
+                    f"{over(rows, lambda row: row.distinct_2).mean:.3f}",
+                    f"{over(rows, lambda row: row.repeated_4).mean:.4f}",
+                    f"{over(rows, lambda row: row.low_entropy).mean:.1%}",
+                ]
+            )
+    if results.reference is not None:
+        r = results.reference
+        scores = _scores(Interval(r.nats, math.nan), Interval(r.bits_per_byte, math.nan))
+        shares = f"{r.distinct_2:.3f}", f"{r.repeated_4:.4f}"
+        lines.append(["held-out text", "", "", *scores, f"{r.entropy:.3f}", *shares, "1 %"])
+    heads = [
+        "model",
+        "steps",
+        "calls",
+        "gen. perplexity",
+        "bits a byte",
+        "entropy",
+        "dist-2",
+        "rep-4",
+        "low H",
+    ]
+    return table(heads, lines)
+
+
+def reconstruction(results: Results) -> str:
+    """The share of right tokens at some times."""
+    lines = []
+    for model in models(results):
+        for kind in dict.fromkeys(row.kind for row in results.accuracies if row.model == model):
+            cells = [_accuracy_at(results.accuracies, model, kind, t) for t in TIMES]
+            lines.append([model, kind, *cells])
+    return table(["model", "token is", *(f"t = {t:g}" for t in TIMES)], lines)
+
+
+def dynamics(results: Results) -> str:
+    """Bound, perplexity and order of generation at each checkpoint; the order of the models by each."""
+    steps = sorted({row.step for row in results.bounds})
+    lines = []
+    for model in models(results):
+        bounds = [
+            over_seeds([row.bound for row in results.bounds if row.model == model and row.step == step])
+            for step in steps
+        ]
+        lines.append([model, "strict bound", *(pm(bound, 3) for bound in bounds)])
+        for sampler in ("left_to_right", "ancestral", "confidence"):
+            by_step = [dynamic_rows(results, model, sampler, step) for step in steps]
+            if not all(by_step):
+                continue
+            name = sampler.replace("_", " ")
+            nats = [over(rows, lambda row: row.nats) for rows in by_step]
+            lines.append([model, f"gen. perplexity, {name}", *(_scores(each)[0] for each in nats)])
+            if sampler == "confidence":
+                tau = [over(rows, lambda row: row.kendall_tau) for rows in by_step]
+                lines.append([model, "Kendall's tau, confidence", *(pm(each, 3) for each in tau)])
+    return table(["model", "", *(f"step {step}" for step in steps)], lines)
+
+
+def dynamic_rows(results: Results, model: str, sampler: str, step: int) -> list[SampleRow]:
+    """A row a seed, at the number of steps that every checkpoint was sampled with."""
+    rows = [r for r in results.samples if (r.model, r.sampler) == (model, sampler)]
+    on_the_way = {r.num_steps for r in rows if r.step == min(each.step for each in rows)}
+    return [r for r in rows if r.step == step and r.num_steps in on_the_way]
+
+
+def pm(value: Interval, digits: int) -> str:
+    half = "" if math.isnan(value.half) else f" ± {value.half:.{digits}f}"
+    return f"{value.mean:.{digits}f}{half}"
+
+
+def table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] * len(heads)
+    return "\n".join(f"| {' | '.join(line)} |" for line in (heads, rule, *lines))
+
+
+def _scores(nats: Interval, bits: Interval | None = None) -> tuple[str, ...]:
+    """Perplexity with its interval's ends, and bits; a dash where no scorer read the samples."""
+    if math.isnan(nats.mean):
+        return ("-",) if bits is None else ("-", "-")
+    ends = (
+        ""
+        if math.isnan(nats.half)
+        else (f" ({math.exp(nats.mean - nats.half):.0f} to {math.exp(nats.mean + nats.half):.0f})")
+    )
+    perplexity = f"{math.exp(nats.mean):.0f}{ends}"
+    return (perplexity,) if bits is None else (perplexity, pm(bits, 3))
+
+
+def _accuracy_at(rows: Sequence[AccuracyRow], model: str, kind: str, t: float) -> str:
+    here = [r for r in rows if (r.model, r.kind) == (model, kind) and r.t_start <= t < r.t_end]
+    return pm(over_seeds([row.accuracy for row in here]), 3) if here else ""
