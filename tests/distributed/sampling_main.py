@@ -30,6 +30,7 @@ VARIANTS = {
     "remdm": {"kind": "remdm", "num_steps": 6, "strategy": "conf", "eta": 1.0},
     "remdm_loop": {"kind": "remdm_loop", "num_steps": 6, "eta": 0.5},
     "saber": {"kind": "saber", "block_size": 8},
+    "left_to_right": {"kind": "left_to_right"},
     "saber-paper": {"kind": "saber", "variant": "paper", "temperature": 0.8, "top_p": 0.9},
 }
 

@@ -17,6 +17,7 @@ from saber_rule import Memory, saber_step
 from xdlm_megatron.config.schema import (
     AncestralSampler,
     ConfidenceSampler,
+    LeftToRightSampler,
     RefineSampler,
     RemdmLoopSampler,
     RemdmSampler,
@@ -175,6 +176,15 @@ def test_confidence():
     for num_steps, counts in ((1, [3]), (2, [2, 1]), (7, [1, 1, 1])):
         law = follow(START, [lambda state, n=n: step(state, n) for n in counts])
         assert_ends(ConfidenceSampler(kind="confidence", num_steps=num_steps), law)
+
+
+def test_left_to_right():
+    def step(state, position):
+        p = laws(state)[position]
+        yield from ((p[token], put(state, {position: token})) for token in range(MASK))
+
+    law = follow(START, [lambda state, i=i: step(state, i) for i in range(S)])
+    assert_ends(LeftToRightSampler(kind="left_to_right"), law)
 
 
 def test_refine():

@@ -80,8 +80,9 @@ class ReconstructionObjective:
         return winner_of_ranks(gather_ranks(best_2N, group))[1].view(logits_BSP.shape[:2])
 
     def _kind(self, batch: Any) -> Tensor:
-        """int64 [B, S]: index into KINDS."""
-        return torch.where(self.noise.is_mask(batch.zt_BS), 0, torch.where(batch.zt_BS != batch.x0_BS, 1, 2))
+        """int64 [B, S]: index into KINDS. In uniform noise the mask's id is a token as any other."""
+        masked_BS = self.noise.is_mask(batch.zt_BS) & (self.noise.uniform_ratio < 1)
+        return torch.where(masked_BS, 0, torch.where(batch.zt_BS != batch.x0_BS, 1, 2))
 
     @staticmethod
     def _count(place_BS: Tensor, counted_BS: Tensor) -> Tensor:

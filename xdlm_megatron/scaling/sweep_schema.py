@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass as section
 
 from xdlm_megatron.config.derive import Derived
@@ -14,8 +14,16 @@ from xdlm_megatron.scaling.ladder import BATCH_RULES, LR_RULES
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Budgets = Annotated[list[PositiveFloat], Field(min_length=1)]
-FieldAxis = Annotated[list[Any], Field(min_length=1)]
-CaseAxis = Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+
+
+def _check_axis(values: Any) -> Any:
+    cases = isinstance(values, dict) and all(isinstance(case, dict) for case in values.values())
+    if not values or not (cases or isinstance(values, list)):
+        raise ValueError("must be a list of values, or cases {name: {field: value}}; give at least one")
+    return values
+
+
+Axis = Annotated[Any, AfterValidator(_check_axis)]
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
@@ -82,7 +90,7 @@ class Sweep:
     """Fewest and most steps; a run that needs fewer or more is left out."""
     tokens_per_parameter: tuple[NonNegativeFloat, PositiveFloat] = (0.0, 1e9)
     """Fewest and most tokens per parameter; a run that sees fewer or more is left out."""
-    axes: dict[str, FieldAxis | CaseAxis] = field(default_factory=dict)
+    axes: dict[str, Axis] = field(default_factory=dict)
     """Fields of the recipe and their values: every combination is run. Seeds: run.seed. Under a name of your
     own, cases that set several fields: {noise: {mdlm: {diffusion.uniform_ratio: 0}, ...}}."""
     batch: Literal["fixed", *BATCH_RULES] = "gidd"  # type: ignore[valid-type]

@@ -1,6 +1,6 @@
 """What a study measures of each checkpoint of each model, as jobs that know whether they are done.
 
-A job leaves its results where `evaluate`, `sample` and tools/score_samples.py leave theirs, in the run folder.
+Its results go into the run folder, where `evaluate`, `sample` and tools/score_samples.py leave theirs.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ def _facts(plan: SweepPlan, protocol: Protocol, results: Results) -> list[str]:
     scorer = "none" if results.scorer is None else results.scorer
     return [
         f"{len(plan.points)} runs of {point.figures.num_parameters:,} parameters and "
-        f"{point.figures.total_tokens:,} tokens each, {point.flops:.3g} FLOPs; {seconds / 60:.0f} minutes of CPU "
-        "time to train",
+        f"{point.figures.total_tokens:,} tokens each, {point.flops:.3g} FLOPs; "
+        f"{seconds / 60:.0f} minutes of CPU time to train",
         f"{protocol.num_samples} samples of {point.config.data.seq_length} tokens a model, seed and setting; "
         f"scorer: {scorer}",
         "± and brackets: 95 % intervals over seeds (Student's t); brackets of perplexities on the log scale",

@@ -39,6 +39,25 @@ def test_seeds_are_an_axis(tmp_path: Path) -> None:
     assert len(plan.points) == 2 * 2 * 3
 
 
+def test_an_axis_of_cases_sets_several_fields(tmp_path: Path) -> None:
+    twin = {
+        "diffusion.uniform_ratio": 0,
+        "model.autoregressive": True,
+        "sampling.kind": "left_to_right",
+    }
+    cases = {"udlm": {"diffusion.uniform_ratio": 1}, "a twin": twin}
+    plan = load_sweep(write_sweep(tmp_path, axes={"run.seed": [1, 2], "noise": cases}))
+    assert len(plan.points) == 2 * 2 * 2 * 2
+    by_name = {point.name: point.config for point in plan.points}
+    config = by_name["small-D8192-seed2-a_twin"]
+    assert (config.run.seed, config.diffusion.uniform_ratio) == (2, 0)
+    assert config.model.autoregressive
+    assert by_name["small-D8192-seed1-udlm"].diffusion.uniform_ratio == 1
+    bad = {"noise": {"udlm": {"diffusion.uniform_ratio.k": 1}}}
+    with pytest.raises(ConfigError, match=r"sweep.axes.noise.udlm: 'uniform_ratio' is a value"):
+        load_sweep(write_sweep(tmp_path, axes=bad), ["diffusion.uniform_ratio=0"])
+
+
 def test_designs(tmp_path: Path) -> None:
     def points(**design: object) -> list:
         return load_sweep(write_sweep(tmp_path, design=design, axes={})).points
@@ -77,7 +96,7 @@ def test_limits_leave_runs_out_and_say_so(tmp_path: Path) -> None:
         ({"design": {"kind": "tokens", "number": [1]}}, "design.number: no such field; did you mean"),
         ({"axis": {}}, "axis: no such field; did you mean 'axes'?"),
         ({"axes": {"diffusion.uniform_rati": [1]}}, "no such field; did you mean 'uniform_ratio'?"),
-        ({"axes": {"run.seed": []}}, "axes.run.seed: List should have at least 1 item"),
+        ({"axes": {"run.seed": []}}, "axes.run.seed: must be a list of values, or cases"),
         ({"batch": "chinchilla"}, "batch: Input should be 'fixed', 'gidd', 'deepseek' or 'step_law'"),
         ({"steps": [1, 2]}, "sweep.steps and sweep.tokens_per_parameter leave no run (small-D8192"),
         ({"design": {"kind": "tokens", "numbers": [8192, 8192.1]}}, "look alike; write them apart"),
