@@ -183,7 +183,7 @@ def _explain(error: Any, root: Any) -> str:
                 f"{name}.kind: Input should be {_either(_kinds(name, root))} (got {error['input']['kind']!r})"
             )
         case _:
-            return f"{name}: {error['msg']} (got {error['input']!r})"
+            return f"{name}: {error['msg'].removeprefix('Value error, ')} (got {error['input']!r})"
 
 
 def _sections_at(location: Sequence[str], root: Any) -> list[Any]:

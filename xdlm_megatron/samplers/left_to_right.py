@@ -14,7 +14,9 @@ def left_to_right(chain: Chain, settings: LeftToRightSampler) -> None:
     chain.begin(masks=True)
     wanted_BS = chain.free_BS
     position_S = torch.arange(wanted_BS.shape[1], device=wanted_BS.device)
+    first_step = chain.step
     for position in wanted_BS.any(0).nonzero()[:, 0].tolist():
+        chain.step = first_step + position  # names random numbers: not by what others of the batch left out
         asked_BS = wanted_BS & (position_S == position)
         token_BS, _, _ = chain.tokens(asked_BS, settings.temperature, settings.top_p)
         left = 1 - (position + 1) / len(position_S)
