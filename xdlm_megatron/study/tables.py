@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from xdlm_megatron.study.collect import AccuracyRow, Interval, Results, SampleRow, over_seeds
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+FEWEST_TOKENS = 200  # of one kind, bin of time and seed that a share is given of
+AUTOREGRESSIVE = "autoregressive"
 
 
 def write_tables(results: Results, title: str, facts: Sequence[str]) -> str:
@@ -15,6 +17,7 @@ def write_tables(results: Results, title: str, facts: Sequence[str]) -> str:
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
     parts += ["## Likelihood", likelihood(results)]
     parts += ["## Samples by ancestral steps", generation(results)]
+    parts += ["## Differences to the first model, seed by seed", differences(results)]
     if results.accuracies:
         parts += ["## Reconstruction", reconstruction(results)]
     parts += ["## Over training", dynamics(results)]
@@ -96,14 +99,61 @@ def generation(results: Results) -> str:
     return table(heads, lines)
 
 
+def differences(results: Results) -> str:
+    """To the sweep's first model, paired by seed, which share weights, data order and random numbers: bound in
+    nats a token, samples in bits a byte under the scorer.
+    """
+    names = [name for name in models(results) if name != AUTOREGRESSIVE]
+    last = last_step(results)
+    bounds = {(row.model, row.seed): row.bound for row in results.bounds if row.step == last}
+    steps = list(final_samples(results, names[0]))
+    bits = {
+        (name, row.seed, number): row.bits_per_byte
+        for name in names
+        for number, rows in final_samples(results, name).items()
+        for row in rows
+    }
+    seeds = sorted({row.seed for row in results.bounds})
+    lines = []
+    for name in names[1:]:
+        bound = over_seeds([bounds[name, seed] - bounds[names[0], seed] for seed in seeds])
+        by_steps = [
+            over_seeds([bits[name, seed, number] - bits[names[0], seed, number] for seed in seeds])
+            for number in steps
+        ]
+        lines.append([name, pm(bound, 3), *(pm(each, 3) for each in by_steps)])
+    return table(["model", "strict bound", *(f"{number} steps" for number in steps)], lines)
+
+
 def reconstruction(results: Results) -> str:
-    """The share of right tokens at some times."""
+    """The share of right tokens at some times; nothing where there were too few of them."""
     lines = []
     for model in models(results):
+        if model == AUTOREGRESSIVE:
+            continue
         for kind in dict.fromkeys(row.kind for row in results.accuracies if row.model == model):
             cells = [_accuracy_at(results.accuracies, model, kind, t) for t in TIMES]
             lines.append([model, kind, *cells])
-    return table(["model", "token is", *(f"t = {t:g}" for t in TIMES)], lines)
+    page = table(["model", "token is", *(f"t = {t:g}" for t in TIMES)], lines)
+    twin = next_token_accuracy(results)
+    return (
+        page if twin is None else f"{page}\n\nThe autoregressive twin's likeliest next token: {pm(twin, 3)}."
+    )
+
+
+def next_token_accuracy(results: Results) -> Interval | None:
+    """Of the autoregressive twin, over all tokens."""
+    rows = [row for row in results.accuracies if row.model == AUTOREGRESSIVE]
+    seeds = sorted({row.seed for row in rows})
+    if not seeds:
+        return None
+    return over_seeds(
+        [
+            sum(row.accuracy * row.tokens for row in rows if row.seed == seed)
+            / sum(row.tokens for row in rows if row.seed == seed)
+            for seed in seeds
+        ]
+    )
 
 
 def dynamics(results: Results) -> str:
@@ -161,4 +211,5 @@ def _scores(nats: Interval, bits: Interval | None = None) -> tuple[str, ...]:
 
 def _accuracy_at(rows: Sequence[AccuracyRow], model: str, kind: str, t: float) -> str:
     here = [r for r in rows if (r.model, r.kind) == (model, kind) and r.t_start <= t < r.t_end]
-    return pm(over_seeds([row.accuracy for row in here]), 3) if here else ""
+    enough = here and min(row.tokens for row in here) >= FEWEST_TOKENS
+    return pm(over_seeds([row.accuracy for row in here]), 3) if enough else ""
