@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart ladder test check test-unit test-gpu test-distributed test-slurm bench bench-gpu gpu-suite ui clean
+.PHONY: help quickstart ladder test check test-unit test-gpu test-distributed test-slurm study bench bench-gpu gpu-suite ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -16,6 +16,10 @@ quickstart: $(VENV)/.installed  ## tokenize the bundled plays, train a small XDL
 
 ladder: $(VENV)/.installed  ## many small runs on the bundled text, their scaling law, report and MLflow page
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/ladder.sh
+
+study: $(VENV)/.installed  ## likelihood against few-step generation: 5 noises and an autoregressive twin, 3 seeds
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[scorer]"
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/study.sh
 
 test: check test-unit test-distributed  ## everything that CI runs
 

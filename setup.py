@@ -81,6 +81,7 @@ EXTRAS_REQUIRE = {
     "image": ["nvidia-dali-cuda120>=1.40; platform_system == 'Linux'", "pillow>=10"],
     "slurm": ["submitit>=1.5"],
     "eval": ["lm-eval>=0.4.9", "transformers>=4.56"],
+    "scorer": ["transformers>=4.56", "gguf>=0.10", "accelerate>=1"],  # the last two read .gguf files
     "mauve": ["mauve-text>=0.4"],  # GPL-3; brings faiss-cpu and scikit-learn
     "ui": ["mlflow>=3.17,<4"],
     "dev": [

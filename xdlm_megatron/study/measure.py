@@ -86,9 +86,11 @@ class _RememberingScorer:
     """A scorer that reads each text once: the held-out texts stand beside every file of samples."""
 
     def __init__(self, path: Path, dtype: str) -> None:
+        import torch
+
         from xdlm_megatron.evaluation.scorer import CausalScorer
 
-        scorer = CausalScorer(path, dtype=dtype)
+        scorer = CausalScorer(path, "cuda" if torch.cuda.is_available() else "cpu", dtype)
         self.name, self.fingerprint = scorer.name, scorer.fingerprint
         self._score = functools.cache(scorer)
 

@@ -28,12 +28,13 @@ KINDS = {"masked": "masked tokens", "replaced": "replaced tokens", "kept": "kept
 
 
 def draw_study(results: Results, folder: Path) -> None:
-    """Writes tradeoff.png, reconstruction.png and dynamics.png."""
+    """Writes tradeoff.png, which needs a scorer, reconstruction.png and dynamics.png."""
     colours = dict(zip(models(results), (*COLOURS, *COLOURS), strict=False))
-    with _figure(folder / "tradeoff.png", 2, 4.6) as (figure, (left, right)):
-        _draw_by_steps(left, results, colours)
-        _draw_tradeoff(right, results, colours)
-        _legend(figure, left)
+    if results.scorer is not None:
+        with _figure(folder / "tradeoff.png", 2, 4.6) as (figure, (left, right)):
+            _draw_by_steps(left, results, colours)
+            _draw_tradeoff(right, results, colours)
+            _legend(figure, left)
     with _figure(folder / "reconstruction.png", 3, 3.8) as (figure, panels):
         for axes, (kind, title) in zip(panels, KINDS.items(), strict=True):
             _draw_accuracy(axes, results, colours, kind, title)

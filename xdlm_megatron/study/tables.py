@@ -16,7 +16,7 @@ def write_tables(results: Results, title: str, facts: Sequence[str]) -> str:
     """The whole page. facts: a line each, on how it was made."""
     parts = [f"# {title}", "\n".join(f"- {fact}" for fact in facts)]
     parts += ["## Likelihood", likelihood(results)]
-    parts += ["## Samples by ancestral steps", generation(results)]
+    parts += ["## Samples", generation(results)]
     parts += ["## Differences to the first model, seed by seed", differences(results)]
     if results.accuracies:
         parts += ["## Reconstruction", reconstruction(results)]
@@ -67,19 +67,10 @@ def generation(results: Results) -> str:
     lines = []
     for model in models(results):
         for steps, rows in final_samples(results, model).items():
-            nats = over(rows, lambda row: row.nats)
-            lines.append(
-                [
-                    model,
-                    str(steps) if steps else "a token each",
-                    f"{over(rows, lambda row: row.calls).mean:.3g}",
-                    *_scores(nats, over(rows, lambda row: row.bits_per_byte)),
-                    pm(over(rows, lambda row: row.entropy), 3),
-                    f"{over(rows, lambda row: row.distinct_2).mean:.3f}",
-                    f"{over(rows, lambda row: row.repeated_4).mean:.4f}",
-                    f"{over(rows, lambda row: row.low_entropy).mean:.1%}",
-                ]
-            )
+            lines.append([model, str(steps) if steps else "a token each", *_of_samples(rows)])
+        confident = dynamic_rows(results, model, "confidence", last_step(results))
+        if confident:
+            lines.append([model, f"{confident[0].num_steps}, by confidence", *_of_samples(confident)])
     if results.reference is not None:
         r = results.reference
         scores = _scores(Interval(r.nats, math.nan), Interval(r.bits_per_byte, math.nan))
@@ -99,9 +90,21 @@ def generation(results: Results) -> str:
     return table(heads, lines)
 
 
+def _of_samples(rows: Sequence[SampleRow]) -> list[str]:
+    """From calls on, over a row a seed."""
+    return [
+        f"{over(rows, lambda row: row.calls).mean:.3g}",
+        *_scores(over(rows, lambda row: row.nats), over(rows, lambda row: row.bits_per_byte)),
+        pm(over(rows, lambda row: row.entropy), 3),
+        f"{over(rows, lambda row: row.distinct_2).mean:.3f}",
+        f"{over(rows, lambda row: row.repeated_4).mean:.4f}",
+        f"{over(rows, lambda row: row.low_entropy).mean:.1%}",
+    ]
+
+
 def differences(results: Results) -> str:
-    """To the sweep's first model, paired by seed, which share weights, data order and random numbers: bound in
-    nats a token, samples in bits a byte under the scorer.
+    """To the sweep's first model, paired by seed, for models of a seed share weights, data order and random
+    numbers: bound in nats a token, samples in bits a byte under the scorer.
     """
     names = [name for name in models(results) if name != AUTOREGRESSIVE]
     last = last_step(results)

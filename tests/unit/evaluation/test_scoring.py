@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from tests.unit.evaluation.tiny_scorer import write_scorer
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.evaluation.mauve import check_mauve, compare_features, mauve_of
 from xdlm_megatron.evaluation.quality import diversity, low_entropy_share
@@ -126,21 +128,7 @@ def test_mauve_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_causal_model_from_a_folder(tmp_path: Path) -> None:
     """Against the model's own loss; a text beyond the context is scored in pieces, to its end."""
-    transformers = pytest.importorskip("transformers")
-    tokenizers = pytest.importorskip("tokenizers")
-    torch = pytest.importorskip("torch")
-    words = {w: i for i, w in enumerate(["<s>", "to", "be", "or", "not", "?"])}
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
-    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", unk_token="?")
-    fast.save_pretrained(tmp_path)
-    config = transformers.GPT2Config(vocab_size=6, n_embd=16, n_layer=1, n_head=2, n_positions=9)
-    torch.manual_seed(0)
-    network = transformers.GPT2LMHeadModel(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.mul_(5)
-    network.save_pretrained(tmp_path)
+    network = write_scorer(tmp_path)
     scorer = CausalScorer(tmp_path)
     short, long = scorer("to be or not"), scorer("to be or not " * 5)
     ids = torch.tensor([[0, 1, 2, 3, 4]])

@@ -1,0 +1,145 @@
+"""A small study from its file to its page: nothing is measured twice, and more where a protocol asks for it."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.unit.evaluation.tiny_scorer import write_scorer
+from xdlm_megatron.__main__ import main
+from xdlm_megatron.study.collect import (
+    BoundRow,
+    Results,
+    SampleRow,
+    over_seeds,
+)
+from xdlm_megatron.study.tables import differences, dynamics, generation, likelihood
+
+SIZE = {"num_layers": 1, "hidden_size": 16, "ffn_hidden_size": 32, "num_attention_heads": 2}
+TWIN = {
+    "diffusion.uniform_ratio": 0,
+    "model.autoregressive": True,
+    "sampling.kind": "left_to_right",
+}
+
+
+@pytest.fixture
+def sweep(tiny_data: dict[str, Any], tmp_path: Path) -> Path:
+    """A denoiser and its twin, two checkpoints each."""
+    tree = {
+        "run": {"name": "small", "output_dir": str(tmp_path / "runs")},
+        "sweep": {
+            "sizes": {"w16": SIZE},
+            "design": {"kind": "tokens", "numbers": [4 * 4 * 32]},
+            "axes": {"noise": {"xdlm": {"diffusion.uniform_ratio": 0.2}, "twin": TWIN}},
+            "batch": "fixed",
+            "lr": "fixed",
+            "gpu": None,
+        },
+        "data": tiny_data,
+        "optimizer": {"lr": 1e-2, "ema_decay": 0.5},
+        "lr_schedule": {"kind": "constant"},
+        "train": {"micro_batch_size": 4, "global_batch_size": 4},
+        "checkpoint": {"save_interval": 2, "keep_every": 2},
+        "evaluation": {"interval": 100, "num_sequences": 8},
+        "tracking": {"mlflow": None},
+    }
+    write_scorer(tmp_path / "scorer")
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def study(sweep: Path, *options: str) -> Path:
+    output = sweep.parent / "out"
+    judge = ("--scorer", str(sweep.parent / "scorer"), "--scorer-dtype", "bfloat16")
+    protocol = ("--dynamics-steps", "2", "--num-samples", "3", "--batch-size", "4", *judge)
+    command = ["study", str(sweep), "--output", str(output), "--local", "1", *protocol, *options]
+    assert main(command) == 0
+    return output
+
+
+def stamps(sweep: Path) -> dict[Path, int]:
+    runs = sweep.parent / "runs/small"
+    return {path: path.stat().st_mtime_ns for path in runs.glob("*/*/step_*.json")}
+
+
+def test_from_a_sweep_to_a_page(sweep: Path) -> None:
+    output = study(sweep, "--steps", "1", "2")
+    page = (output / "README.md").read_text()
+    for title in ("Likelihood", "Samples", "Reconstruction", "Over training"):
+        assert f"## {title}" in page
+    assert "XDLM k=0.2" in page
+    assert "scorer: scorer in bfloat16" in page
+    assert "| held-out text |" in page
+    assert "autoregressive twin's likeliest next token" in page
+    with (output / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    made = Counter((row["model"], row["sampler"], row["num_steps"], row["step"]) for row in rows)
+    assert made == {
+        ("XDLM k=0.2", "ancestral", "2", "2"): 1,
+        ("XDLM k=0.2", "confidence", "2", "2"): 1,
+        ("XDLM k=0.2", "ancestral", "1", "4"): 1,
+        ("XDLM k=0.2", "ancestral", "2", "4"): 1,
+        ("XDLM k=0.2", "confidence", "2", "4"): 1,
+        ("autoregressive", "left_to_right", "0", "2"): 1,
+        ("autoregressive", "left_to_right", "0", "4"): 1,
+    }
+    for picture in ("tradeoff", "reconstruction", "dynamics"):
+        assert (output / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+    before, tables = stamps(sweep), {p.name: p.read_bytes() for p in output.glob("*.csv")}
+    shutil.rmtree(output)
+    study(sweep, "--steps", "1", "2")
+    assert stamps(sweep) == before  # nothing twice
+    assert {p.name: p.read_bytes() for p in output.glob("*.csv")} == tables
+    study(sweep, "--steps", "1", "2", "3")
+    assert {path for path, stamp in stamps(sweep).items() if before.get(path) != stamp} == {
+        path for path in stamps(sweep) if "ancestral-3steps" in path.name
+    }
+
+
+def test_one_size_at_a_time(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", str(sweep), f"sweep.sizes.wide={SIZE}"]) == 2
+    assert "a study compares models of one size and one budget" in capsys.readouterr().err
+
+
+def bound(model: str, seed: int, step: int, nats: float) -> BoundRow:
+    return BoundRow(model, seed, step, nats, 0.01, nats, nats - 0.001)
+
+
+def samples(model: str, seed: int, steps: int, bits: float, sampler: str = "ancestral") -> SampleRow:
+    return SampleRow(
+        model, seed, 9, sampler, steps, steps, math.log(100), bits, 3.0, 0.5, 0.0, 0.01, 1.0, 0.25
+    )
+
+
+def test_tables_are_over_seeds() -> None:
+    """The interval of three values by hand: Student's 4.303 times their standard error; differences are
+    paired, so that what the seeds share cancels.
+    """
+    assert over_seeds([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.302653 / math.sqrt(3)))
+    assert math.isnan(over_seeds([1.0]).half)
+    results = Results(
+        [bound(m, s, 9, 2.0 + s + d) for m, d in (("MDLM (k=0)", 0.0), ("UDLM (k=1)", 0.5)) for s in (1, 2)],
+        [],
+        [
+            samples(m, s, n, s + d)
+            for m, d in (("MDLM (k=0)", 0.0), ("UDLM (k=1)", -0.25))
+            for s in (1, 2)
+            for n in (4, 8)
+        ],
+        None,
+        "bigrams",
+    )
+    assert "| MDLM (k=0) | 3.500 ± 6.353 |" in likelihood(results)
+    assert "| UDLM (k=1) | 0.500 ± 0.000 | -0.250 ± 0.000 | -0.250 ± 0.000 |" in differences(results)
+    assert "| UDLM (k=1) | 8 | 8 | 100 (100 to 100) | 1.250 ± 6.353 |" in generation(results)
+    assert "| MDLM (k=0) | strict bound | 3.500 ± 6.353 |" in dynamics(results)
