@@ -51,7 +51,7 @@ class CausalScorer:
         try:
             import transformers
         except ImportError:
-            raise DataError("a scorer needs transformers; pip install 'xdlm_megatron[eval]'") from None
+            raise DataError("a scorer needs transformers; pip install 'xdlm_megatron[scorer]'") from None
         gguf = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         folder = str(path.parent if gguf else path)
         local: dict[str, Any] = {"local_files_only": True, **gguf}

@@ -1,4 +1,4 @@
-"""A small study from its file to its page: nothing is measured twice, and more where a protocol asks for it."""
+"""A small study from its file to its page; nothing is measured twice, and more where a protocol asks for more."""
 
 from __future__ import annotations
 
