@@ -1,6 +1,6 @@
 """Every knob of a run, declared once: its type, its default and one line that says what it is.
 
-A recipe is one YAML file with these sections. A field without a default must be given. Names that reach
+A recipe is one YAML file with these sections; a field without a default must be given. Names that reach
 Megatron-Core keep its spelling. What follows from other knobs is computed in `derive.py`, never stored.
 """
 
@@ -13,7 +13,6 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass as section
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-
 # Strict: no number from a string or a flag, no whole number from 4.0; a whole number does for a float.
 PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
@@ -365,8 +364,7 @@ class LeftToRightSampler(AnySampler):
     """One token a step, from left to right: what an autoregressive model needs, and a denoiser may try."""
 
 
-def _kind_or_ancestral(value: Any) -> Any:
-    """So that sampling.num_steps=8 alone is a section."""
+def _kind_or_ancestral(value: Any) -> Any:  # sampling.num_steps=8 alone is a section
     return value.get("kind", "ancestral") if isinstance(value, dict) else getattr(value, "kind", None)
 
 

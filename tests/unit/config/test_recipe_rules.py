@@ -35,6 +35,29 @@ CONTRADICTIONS = [
         id="ramp of batches",
     ),
     pytest.param(
+        {"model.autoregressive": True, "sampling.kind": "left_to_right"},
+        ["model.autoregressive=true", "diffusion.uniform_ratio=0.1"],
+        {"diffusion.uniform_ratio": 0.0},
+        id="noise of an autoregressive model",
+    ),
+    pytest.param(
+        {"model.autoregressive": True, "diffusion.uniform_ratio": 0.0},
+        ["model.autoregressive=true", "sampling.kind=ancestral"],
+        {"sampling.kind": "left_to_right"},
+        id="sampler of an autoregressive model",
+    ),
+    pytest.param(
+        {
+            "model.autoregressive": True,
+            "diffusion.uniform_ratio": 0.0,
+            "sampling.kind": "left_to_right",
+            "parallel.context_parallel_size": 2,
+        },
+        ["model.autoregressive=true", "parallel.context_parallel_size=2"],
+        {"parallel.context_parallel_size": 1},
+        id="slices of an autoregressive model",
+    ),
+    pytest.param(
         {"model.hidden_size": 30},
         ["model.hidden_size=30", "model.num_attention_heads=4"],
         {"model.kv_channels": 8},

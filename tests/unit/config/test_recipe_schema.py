@@ -29,7 +29,11 @@ NEEDS = {
     "optimizer_offload_fraction": {"optimizer_cpu_offload": True},
 }
 BF16 = {"precision": {"dtype": "bfloat16"}}
-NEEDS_SECTIONS = {"optimizer_cpu_offload": BF16, "optimizer_offload_fraction": BF16}
+NEEDS_SECTIONS = {
+    "optimizer_cpu_offload": BF16,
+    "optimizer_offload_fraction": BF16,
+    "autoregressive": {"diffusion": {"uniform_ratio": 0.0}, "sampling": {"kind": "left_to_right"}},
+}
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 FILES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 EXAMPLES = [path for path in FILES if "\nsweep:" not in path.read_text()]
@@ -46,6 +50,7 @@ UNIONS = {
         {"kind": "remdm"},
         {"kind": "remdm_loop"},
         {"kind": "saber"},
+        {"kind": "left_to_right"},
     ],
 }
 

@@ -175,7 +175,7 @@ def test_no_sampler_makes_logits_of_all_positions(
     )
     monkeypatch.setitem(generation.CHUNK_ELEMENTS, "cpu", 4 * vocab)
     denoise = build_denoiser(build_model(config, mesh), mesh)
-    few = {"min_tokens": 16} if kind == "saber" else {"num_steps": 2}
+    few = {"saber": {"min_tokens": 16}, "left_to_right": {}}.get(kind, {"num_steps": 2})
     settings = TypeAdapter(Sampler).validate_python({"kind": kind, "top_p": top_p, **few})
     rows = (StationaryNoise(0.3, vocab, vocab - 1), LogLinear(), 1, torch.full((B, L), -1))
     with LargestTensor() as seen:

@@ -11,7 +11,6 @@ from torch.nn.functional import cross_entropy
 
 from tests.unit.model.small import small_config
 from tests.unit.model.test_objective import noisy_batch
-from xdlm_megatron.config.load import ConfigError
 from xdlm_megatron.config.schema import LeftToRightSampler
 from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.diffusion.noise import StationaryNoise
@@ -106,17 +105,3 @@ def test_samples_follow_the_law_of_the_conditionals(mesh: Mesh) -> None:
     counts_T = torch.bincount(samples.ids @ torch.tensor([9, 3, 1]), minlength=27)
     chi_square = ((counts_T - number * p_T) ** 2 / (number * p_T)).sum().item()
     assert chi_square < 55  # 26 degrees of freedom: above it once in 1300
-
-
-@pytest.mark.parametrize(
-    ("sections", "message"),
-    [
-        ({"diffusion": {"uniform_ratio": 0.1}}, "diffusion.uniform_ratio=0.1; set it to 0"),
-        ({"sampling": {"kind": "ancestral"}}, "take left_to_right"),
-        ({"parallel": {"context_parallel_size": 2}}, "cuts it; set it to 1"),
-    ],
-)
-def test_what_it_cannot_have_is_refused(sections: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.autoregressive=true") as error:
-        small_config(model={"autoregressive": True}, **(TWIN | sections))
-    assert message in str(error.value)

@@ -1,4 +1,4 @@
-"""A small study from its file to its page; nothing is measured twice, and more where a protocol asks for more."""
+"""A small study from its file to its page: what is measured stays, a wider protocol measures the rest."""
 
 from __future__ import annotations
 
