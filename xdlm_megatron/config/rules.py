@@ -118,6 +118,16 @@ def _twin_contradictions(config: RunConfig) -> Iterator[str]:
         yield f"{knob} has no noise, and diffusion.uniform_ratio={diffusion.uniform_ratio}; set it to 0"
     if config.sampling.kind != "left_to_right":
         yield f"{knob} cannot sample by sampling.kind={config.sampling.kind}; take left_to_right"
+    if config.sampling.guidance_scale:
+        yield (
+            f"{knob} never saw a hidden prompt, and sampling.guidance_scale={config.sampling.guidance_scale} "
+            "compares with one; set it to 0"
+        )
+    if config.sampling.block_size is not None:
+        yield (
+            f"{knob} goes token by token, where sampling.block_size={config.sampling.block_size} has no "
+            "effect; leave it out"
+        )
     if parallel.context_parallel_size > 1:
         yield (
             f"{knob} reads a whole sequence, and parallel.context_parallel_size="

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from xdlm_megatron.config.derive import num_query_groups
 from xdlm_megatron.config.schema import RunConfig
-from xdlm_megatron.convert.hf_config import FAMILIES
+from xdlm_megatron.convert.hf_config import FAMILIES, ConvertError
 from xdlm_megatron.convert.hf_folder import write_folder
 from xdlm_megatron.convert.layout import on_one_process
 from xdlm_megatron.convert.names import parts_of, split
@@ -35,6 +35,11 @@ def convert_to_hf(
         ConvertError: the folder exists, or the names have no place for this network.
         CheckpointError: there is no such checkpoint, or it is of another network.
     """
+    if config.model.autoregressive:
+        raise ConvertError(
+            "model.autoregressive=true begins with a token of its own, which no family's config.json can "
+            "say; convert a denoiser"
+        )
     config = on_one_process(config)
     family = FAMILIES[names]
     hf_config = family.write(config, load_tokenizer(config.data.tokenizer).eod_id)

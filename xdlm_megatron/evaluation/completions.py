@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xdlm_megatron.config.schema import AnySampler, ConfidenceSampler, RunConfig
+from xdlm_megatron.config.schema import AnySampler, ConfidenceSampler, LeftToRightSampler, RunConfig
 from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.data.packing import PADDING
 from xdlm_megatron.data.tokenizer import Tokenizer
@@ -80,7 +80,8 @@ class Completer:
 
     def reproduces(self, requests: Sequence[Request]) -> list[bool]:
         """Whether greedy decoding of each prompt gives its target: from as many masks, at every step the
-        likeliest token at the position where it is surest. False where the noise makes no masks.
+        likeliest token at the position where it is surest, or of an autoregressive model at the next one.
+        False where the noise makes no masks.
         """
         found = [False] * len(requests)
         if self.config.diffusion.uniform_ratio == 1:
@@ -92,7 +93,9 @@ class Completer:
                 ids = [*request.prompt, *[-1] * len(request.target)]
                 observed_RT[row, : len(ids)], document_RT[row, : len(ids)] = torch.tensor(ids), 0
             steps = max(len(requests[index].target) for index in chosen)
-            greedily = ConfidenceSampler(kind="confidence", num_steps=steps, temperature=0.0)
+            greedily: AnySampler = ConfidenceSampler(kind="confidence", num_steps=steps, temperature=0.0)
+            if self.config.model.autoregressive:
+                greedily = LeftToRightSampler(kind="left_to_right", temperature=0.0)
             ids_RT, _ = self._fill(observed_RT, chosen, greedily, document_RT, label="greedy decoding")
             for index, ids_T in zip(chosen, ids_RT.tolist(), strict=True):
                 request = requests[index]

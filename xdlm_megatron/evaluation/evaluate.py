@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from xdlm_megatron.config.derive import run_folder
+from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise
 from xdlm_megatron.data.errors import DataError
@@ -73,6 +74,7 @@ class _Evaluation:
         accuracy = reconstruction(evaluator, self.chunks) if self.options.reconstruction else []
         if self.mesh.is_main:
             settings |= {"num_noise_draws": self.config.evaluation.num_noise_draws}
+            settings |= evaluation_settings(self.config)
             entropy = unigram_entropy(_scored_ids(evaluator))
             self.report.bounds(name, settings, found, accuracy, entropy)
 
@@ -125,6 +127,11 @@ def evaluate(
             evaluation.text(text)
         for questions in options.choices:
             evaluation.choices(questions)
+
+
+def evaluation_settings(config: RunConfig) -> dict[str, Any]:
+    """What of a recipe decides the figures of its held-out text, beside the model; part of every record."""
+    return {"valid_prefix": config.data.valid_prefix, "evaluation": to_tree(config.evaluation)}
 
 
 def _scored_ids(evaluator: NelboEvaluator) -> np.ndarray:

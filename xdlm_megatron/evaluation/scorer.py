@@ -69,9 +69,7 @@ class CausalScorer:
             raise DataError(f"scorer {path} has no token for a beginning (bos or eos); take another")
         self._context = int(getattr(model.config, "max_position_embeddings", 1024)) - 1
         self.name = f"{path.name} in {dtype}"
-        files = [path.name] if gguf else sorted(each.name for each in path.iterdir() if each.is_file())
-        sums = describe(Path(folder), files)
-        self.fingerprint = ",".join(f"{name}:{sums[name]['checksum']}" for name in files)
+        self.fingerprint = scorer_fingerprint(path)
 
     @torch.no_grad()
     def __call__(self, text: str) -> Scored:
@@ -91,6 +89,15 @@ class CausalScorer:
         input_ids = torch.tensor([[self._begin, *ids]], device=self._model.device)
         log_p = self._model(input_ids=input_ids).logits[0, :-1].float().log_softmax(-1)
         return -log_p.gather(1, input_ids[0, 1:, None]).double().sum().item()
+
+
+def scorer_fingerprint(path: Path) -> str:
+    """Checksums of the files of a folder, or of a .gguf file."""
+    folder, files = path.parent, [path.name]
+    if path.suffix != ".gguf":
+        folder, files = path, sorted(each.name for each in path.iterdir() if each.is_file())
+    sums = describe(folder, files)
+    return ",".join(f"{name}:{sums[name]['checksum']}" for name in files)
 
 
 def score_all(scorer: Scorer, texts: Sequence[str], label: str) -> list[Scored]:

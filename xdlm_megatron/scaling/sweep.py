@@ -112,6 +112,10 @@ def _combinations(sweep: Sweep) -> Iterator[tuple[str, float, tuple[_AxisValue, 
     axes = [_axis_values(axis, values) for axis, values in sweep.axes.items()]
     for size, budget in itertools.product(sweep.sizes, sweep.design.budgets):
         for values in itertools.product(*axes):
+            fields = [field for value in values for field in value.fields]
+            twice = next((field for field in fields if fields.count(field) > 1), None)
+            if twice is not None:
+                raise ConfigError(f"sweep.axes: two axes set {twice}; leave it to one of them")
             yield size, budget, values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,11 +78,14 @@ class ReferenceRow:
 
 @dataclass(frozen=True)
 class Results:
+    """dynamics_steps: of the samples that every checkpoint has."""
+
     bounds: list[BoundRow]
     accuracies: list[AccuracyRow]
     samples: list[SampleRow]
     reference: ReferenceRow | None
     scorer: str | None
+    dynamics_steps: int
 
 
 class Interval(NamedTuple):
@@ -100,9 +103,9 @@ def model_name(config: RunConfig) -> str:
     return {0.0: "MDLM (k=0)", 1.0: "UDLM (k=1)"}.get(ratio, f"XDLM k={ratio:g}")
 
 
-def collect(jobs: Iterable[Job]) -> Results:
+def collect(jobs: Iterable[Job], dynamics_steps: int) -> Results:
     """Of jobs that are done."""
-    found = Results([], [], [], None, None)
+    found = Results([], [], [], None, None, dynamics_steps)
     for job in jobs:
         record = job.read()
         if record is None:
@@ -114,7 +117,7 @@ def collect(jobs: Iterable[Job]) -> Results:
             found.samples.append(_sample_row(name, seed, step, record))
             if found.reference is None and record["reference"]:
                 scorer = (record["scorer"] or {}).get("name")
-                found = Results(found.bounds, found.accuracies, found.samples, _reference_row(record), scorer)
+                found = replace(found, reference=_reference_row(record), scorer=scorer)
     return found
 
 
@@ -129,10 +132,10 @@ def write_rows(path: Path, rows: Sequence[Any]) -> None:
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """Of one value a seed."""
+    """Of one value a seed; NaN of none."""
     number = len(values)
     if number < 2:
-        return Interval(float(values[0]), math.nan)
+        return Interval(float(values[0]) if values else math.nan, math.nan)
     error = float(np.std(values, ddof=1)) / math.sqrt(number)
     return Interval(float(np.mean(values)), float(student.ppf(0.975, number - 1)) * error)
 

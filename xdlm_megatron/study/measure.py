@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from xdlm_megatron.checkpoint.integrity import CheckpointError
+from xdlm_megatron.config.load import ConfigError
+from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.study.protocol import Job
 
 if TYPE_CHECKING:
@@ -39,9 +42,10 @@ def measure(jobs: Sequence[Job], at_once: int, log: Path) -> None:
             for future in as_completed(futures):
                 future.result()
                 bar.update()
-        except BaseException:
+        except (ConfigError, DataError, CheckpointError) as error:  # raised here: it is a message, not a bug
+            raise type(error)(str(error)) from None
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
 
 
 def do(job: Job, log: Path) -> None:
@@ -71,9 +75,9 @@ def _sample_and_score(job: Job) -> None:
     from xdlm_megatron.evaluation.scoring import held_out_texts, read_samples, score_samples, to_record
 
     config, protocol = job.config, job.protocol
+    scorer = None if protocol.scorer is None else _scorer(protocol.scorer, protocol.scorer_dtype)
     options = SampleOptions(num_samples=protocol.num_samples, seed=config.run.seed)
     sample(config, options, str(job.checkpoint))
-    scorer = None if protocol.scorer is None else _scorer(protocol.scorer, protocol.scorer_dtype)
     reference = None if config.data.valid_prefix is None else held_out_texts(config, protocol.num_samples)
     samples = read_samples(job.samples)
     found = score_samples(samples, reference, scorer)

@@ -13,8 +13,8 @@ from xdlm_megatron.study.tables import (
     AUTOREGRESSIVE,
     FEWEST_TOKENS,
     dynamic_rows,
+    final_bounds,
     final_samples,
-    last_step,
     models,
     over,
 )
@@ -94,7 +94,7 @@ def _draw_by_steps(axes: Axes, results: Results, colours: dict[str, str]) -> Non
 def _draw_tradeoff(axes: Axes, results: Results, colours: dict[str, str]) -> None:
     """Bound against samples, at the fewest and the most steps."""
     for model, colour in colours.items():
-        bounds = [r.bound for r in results.bounds if r.model == model and r.step == last_step(results)]
+        bounds = [row.bound for row in final_bounds(results, model)]
         bound, cells = over_seeds(bounds), list(final_samples(results, model).values())
         for rows, face in ((cells[0], "white"), (cells[-1], colour)):
             half = 0.0 if math.isnan(bound.half) else bound.half

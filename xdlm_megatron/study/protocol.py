@@ -5,6 +5,7 @@ Its results go into the run folder, where `evaluate`, `sample` and tools/score_s
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,9 @@ from xdlm_megatron.checkpoint.integrity import fingerprint
 from xdlm_megatron.checkpoint.reader import list_checkpoints
 from xdlm_megatron.config.load import load_recipe, to_tree, with_overrides
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.evaluation.evaluate import evaluation_settings
 from xdlm_megatron.evaluation.samples_on_disk import samples_name
+from xdlm_megatron.evaluation.scorer import scorer_fingerprint
 
 SCORES = ".scores.json"
 
@@ -33,6 +36,13 @@ class Protocol:
     batch_size: int = 64
     scorer: Path | None = None
     scorer_dtype: str = "float32"
+
+    @functools.cached_property
+    def judge(self) -> tuple[str, str] | None:
+        """Name and fingerprint of the scorer, as a file of scores has them."""
+        if self.scorer is None:
+            return None
+        return f"{self.scorer.name} in {self.scorer_dtype}", scorer_fingerprint(self.scorer)
 
 
 @dataclass(frozen=True)
@@ -78,16 +88,19 @@ class Job:
         return record if self._is_ours(record) else None
 
     def _is_ours(self, record: dict[str, Any]) -> bool:
+        made_by = record if self.sampling is None else record.get("made_by") or {}
+        if made_by.get("checkpoint_hash") != fingerprint(self.checkpoint):
+            return False
         if self.sampling is None:
-            done = bool(record.get("reconstruction")) or not self.reconstruction
-            return done and record.get("checkpoint_hash") == fingerprint(self.checkpoint)
-        made_by, scorer = record["made_by"], self.protocol.scorer
-        judge = None if scorer is None else f"{scorer.name} in {self.protocol.scorer_dtype}"
+            wanted = evaluation_settings(self.config)
+            same = {name: record.get(name) for name in wanted} == wanted
+            return same and (bool(record.get("reconstruction")) or not self.reconstruction)
+        judge = record.get("scorer")
         return (
-            made_by["checkpoint_hash"] == fingerprint(self.checkpoint)
-            and made_by["sampling"] == to_tree(self.config.sampling)
-            and made_by["num_samples"] == self.protocol.num_samples
-            and (record["scorer"] or {}).get("name") == judge
+            made_by.get("sampling") == to_tree(self.config.sampling)
+            and made_by.get("num_samples") == self.protocol.num_samples
+            and (None if judge is None else (judge.get("name"), judge.get("fingerprint")))
+            == self.protocol.judge
         )
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from xdlm_megatron.study.collect import AccuracyRow, Interval, Results, SampleRow, over_seeds
+from xdlm_megatron.study.collect import AccuracyRow, BoundRow, Interval, Results, SampleRow, over_seeds
 
-TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+TIMES = (0.126, 0.326, 0.526, 0.725, 0.925)  # middles of bins
 FEWEST_TOKENS = 200  # of one kind, bin of time and seed that a share is given of
 AUTOREGRESSIVE = "autoregressive"
 
@@ -29,8 +29,14 @@ def models(results: Results) -> list[str]:
     return list(dict.fromkeys(row.model for row in results.bounds))
 
 
-def last_step(results: Results) -> int:
-    return max(row.step for row in results.bounds)
+def last_step(results: Results, model: str) -> int:
+    return max(row.step for row in results.bounds if row.model == model)
+
+
+def final_bounds(results: Results, model: str) -> list[BoundRow]:
+    """A row a seed."""
+    last = last_step(results, model)
+    return [row for row in results.bounds if row.model == model and row.step == last]
 
 
 def final_samples(results: Results, model: str) -> dict[int, list[SampleRow]]:
@@ -39,7 +45,7 @@ def final_samples(results: Results, model: str) -> dict[int, list[SampleRow]]:
     rows = [row for row in results.samples if row.model == model and row.sampler in own]
     found: dict[int, list[SampleRow]] = {}
     for row in rows:
-        if row.step == last_step(results):
+        if row.step == last_step(results, model):
             found.setdefault(row.num_steps, []).append(row)
     return dict(sorted(found.items()))
 
@@ -51,7 +57,7 @@ def over(rows: Iterable[SampleRow], value: Callable[[SampleRow], float]) -> Inte
 def likelihood(results: Results) -> str:
     lines = []
     for model in models(results):
-        rows = [row for row in results.bounds if row.model == model and row.step == last_step(results)]
+        rows = final_bounds(results, model)
         bound, bits, window = (
             over_seeds([getattr(row, name) for row in rows]) for name in ("bound", "bits_per_byte", "window")
         )
@@ -68,7 +74,7 @@ def generation(results: Results) -> str:
     for model in models(results):
         for steps, rows in final_samples(results, model).items():
             lines.append([model, str(steps) if steps else "a token each", *_of_samples(rows)])
-        confident = dynamic_rows(results, model, "confidence", last_step(results))
+        confident = dynamic_rows(results, model, "confidence", last_step(results, model))
         if confident:
             lines.append([model, f"{confident[0].num_steps}, by confidence", *_of_samples(confident)])
     if results.reference is not None:
@@ -107,25 +113,22 @@ def differences(results: Results) -> str:
     numbers: bound in nats a token, samples in bits a byte under the scorer.
     """
     names = [name for name in models(results) if name != AUTOREGRESSIVE]
-    last = last_step(results)
-    bounds = {(row.model, row.seed): row.bound for row in results.bounds if row.step == last}
-    steps = list(final_samples(results, names[0]))
-    bits = {
-        (name, row.seed, number): row.bits_per_byte
-        for name in names
-        for number, rows in final_samples(results, name).items()
-        for row in rows
-    }
-    seeds = sorted({row.seed for row in results.bounds})
     lines = []
     for name in names[1:]:
-        bound = over_seeds([bounds[name, seed] - bounds[names[0], seed] for seed in seeds])
+        bounds = [{row.seed: row.bound for row in final_bounds(results, each)} for each in (names[0], name)]
         by_steps = [
-            over_seeds([bits[name, seed, number] - bits[names[0], seed, number] for seed in seeds])
-            for number in steps
+            [{row.seed: row.bits_per_byte for row in rows} for rows in final_samples(results, each).values()]
+            for each in (names[0], name)
         ]
-        lines.append([name, pm(bound, 3), *(pm(each, 3) for each in by_steps)])
+        pairs = [bounds, *zip(*by_steps, strict=True)]
+        lines.append([name, *(pm(_paired(first, other), 3) for first, other in pairs)])
+    steps = final_samples(results, names[0])
     return table(["model", "strict bound", *(f"{number} steps" for number in steps)], lines)
+
+
+def _paired(first: Mapping[int, float], other: Mapping[int, float]) -> Interval:
+    """Of the differences of equal seeds."""
+    return over_seeds([other[seed] - first[seed] for seed in sorted(first.keys() & other.keys())])
 
 
 def reconstruction(results: Results) -> str:
@@ -183,13 +186,15 @@ def dynamics(results: Results) -> str:
 
 
 def dynamic_rows(results: Results, model: str, sampler: str, step: int) -> list[SampleRow]:
-    """A row a seed, at the number of steps that every checkpoint was sampled with."""
-    rows = [r for r in results.samples if (r.model, r.sampler) == (model, sampler)]
-    on_the_way = {r.num_steps for r in rows if r.step == min(each.step for each in rows)}
-    return [r for r in rows if r.step == step and r.num_steps in on_the_way]
+    """A row a seed, at the number of steps that every checkpoint was sampled with, if it is a setting."""
+    key, numbers = (model, sampler, step), (0, results.dynamics_steps)
+    return [r for r in results.samples if (r.model, r.sampler, r.step) == key and r.num_steps in numbers]
 
 
 def pm(value: Interval, digits: int) -> str:
+    """A dash where there is nothing to show."""
+    if math.isnan(value.mean):
+        return "-"
     half = "" if math.isnan(value.half) else f" ± {value.half:.{digits}f}"
     return f"{value.mean:.{digits}f}{half}"
 

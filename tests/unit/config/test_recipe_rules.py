@@ -46,6 +46,20 @@ CONTRADICTIONS = [
         {"sampling.kind": "left_to_right"},
         id="sampler of an autoregressive model",
     ),
+    *(
+        pytest.param(
+            {
+                "model.autoregressive": True,
+                "diffusion.uniform_ratio": 0.0,
+                "sampling.kind": "left_to_right",
+                f"sampling.{knob}": value,
+            },
+            ["model.autoregressive=true", f"sampling.{knob}={value}"],
+            {f"sampling.{knob}": without},
+            id=f"{knob} of an autoregressive model",
+        )
+        for knob, value, without in (("guidance_scale", 2.0, 0.0), ("block_size", 4, None))
+    ),
     pytest.param(
         {
             "model.autoregressive": True,

@@ -53,6 +53,9 @@ def test_an_axis_of_cases_sets_several_fields(tmp_path: Path) -> None:
     assert (config.run.seed, config.diffusion.uniform_ratio) == (2, 0)
     assert config.model.autoregressive
     assert by_name["small-D8192-seed1-udlm"].diffusion.uniform_ratio == 1
+    twice = {"run.seed": [1], "noise": {"udlm": {"run.seed": 2}}}
+    with pytest.raises(ConfigError, match=r"two axes set run\.seed"):
+        load_sweep(write_sweep(tmp_path, axes=twice))
     bad = {"noise": {"udlm": {"diffusion.uniform_ratio.k": 1}}}
     with pytest.raises(ConfigError, match=r"sweep.axes.noise.udlm: 'uniform_ratio' is a value"):
         load_sweep(write_sweep(tmp_path, axes=bad), ["diffusion.uniform_ratio=0"])

@@ -106,9 +106,44 @@ def test_from_a_sweep_to_a_page(sweep: Path) -> None:
     }
 
 
-def test_one_size_at_a_time(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["study", str(sweep), f"sweep.sizes.wide={SIZE}"]) == 2
-    assert "a study compares models of one size and one budget" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([f"sweep.sizes.wide={SIZE}"], "a study compares models of one size and one budget"),
+        (["sweep.axes={optimizer.lr: [0.1, 0.2]}"], "2 runs are XDLM k=0.1 of seed 1"),
+        ([f"sweep.axes={{noise: {{twin: {TWIN}}}}}"], "no model of the study is a denoiser"),
+        (["data.valid_prefix=null"], "a study needs held-out text"),
+        (["--scorer", "nowhere"], "--scorer nowhere: no such folder or file"),
+    ],
+)
+def test_mistakes_are_told_before_anything_trains(
+    arguments: list[str], message: str, sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["study", str(sweep), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (sweep.parent / "runs").exists()
+
+
+def test_other_settings_are_measured_again(sweep: Path) -> None:
+    """An evaluation by another recipe, and a torn file, are not the study's."""
+    study(sweep, "--steps", "1")
+    before = stamps(sweep)
+    run = next((sweep.parent / "runs/small").glob("*-xdlm"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(sweep.parent)
+        assert (
+            main(["evaluate", str(run / "recipe.yaml"), "evaluation.num_sequences=4", "--reconstruction"])
+            == 0
+        )
+    torn = next(path for path in before if "confidence" in path.name and ".scores" in path.name)
+    torn.write_text(torn.read_text()[:100])
+    study(sweep, "--steps", "1")
+    again = {path for path, stamp in stamps(sweep).items() if before[path] != stamp}
+    assert {path.name for path in again} == {
+        "step_00000004-ema.json",
+        torn.name,
+        torn.name.replace(".scores", ""),
+    }
 
 
 def bound(model: str, seed: int, step: int, nats: float) -> BoundRow:
@@ -138,8 +173,10 @@ def test_tables_are_over_seeds() -> None:
         ],
         None,
         "bigrams",
+        8,
     )
     assert "| MDLM (k=0) | 3.500 ± 6.353 |" in likelihood(results)
     assert "| UDLM (k=1) | 0.500 ± 0.000 | -0.250 ± 0.000 | -0.250 ± 0.000 |" in differences(results)
     assert "| UDLM (k=1) | 8 | 8 | 100 (100 to 100) | 1.250 ± 6.353 |" in generation(results)
     assert "| MDLM (k=0) | strict bound | 3.500 ± 6.353 |" in dynamics(results)
+    assert "| UDLM (k=1) | gen. perplexity, ancestral | 100 (100 to 100) |" in dynamics(results)
