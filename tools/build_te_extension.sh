@@ -21,5 +21,6 @@ include=$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nv
 # FORCE_BUILD: else it asks GitHub for a wheel first. NCCL_EP wants a newer NCCL than torch brings.
 export NVTE_FRAMEWORK=pytorch NVTE_PYTORCH_FORCE_BUILD=TRUE NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0
 export CPATH="$include:$include/cccl${CPATH:+:$CPATH}"
-python -m pip wheel --no-deps --no-build-isolation --no-binary transformer_engine_torch \
+# --no-cache-dir: pip would take a wheel that it built for another torch before.
+python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --no-binary transformer_engine_torch \
   --wheel-dir "$wheels" "transformer_engine_torch==$version"
