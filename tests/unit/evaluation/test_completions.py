@@ -57,6 +57,24 @@ def test_greedy_decoding_by_hand(k: float, mesh: Mesh) -> None:
     assert len({request.target[-1] for request, same in zip(requests, found, strict=True) if same}) > 1
 
 
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_an_autoregressive_model_decodes_from_left_to_right(seed: int, mesh: Mesh) -> None:
+    """Each next token the likeliest after those before it, the surest of all positions or not."""
+    sections = {
+        "run": {"seed": seed},
+        "model": {"autoregressive": True},
+        "sampling": {"kind": "left_to_right"},
+    }
+    toy = Toy(mesh, 0.0, **sections)
+    requests = [Request((), target, 0) for target in product(range(3), repeat=2)]
+    first = int(toy.chunks[0](torch.tensor([[0, 0]]))[0, 0, :MASK].argmax())
+    second = int(toy.chunks[0](torch.tensor([[first, 0]]))[1, 0, :MASK].argmax())
+    found = completer(toy, mesh).reproduces(requests)
+    assert [request.target for request, same in zip(requests, found, strict=True) if same] == [
+        (first, second)
+    ]
+
+
 def test_no_masks_no_greedy_decoding(mesh: Mesh) -> None:
     assert completer(Toy(mesh, 1.0), mesh).reproduces([Request((0,), (1,), 0)]) == [False]
 

@@ -57,7 +57,12 @@ class Toy:
         self, mesh: Mesh, uniform_ratio: float, t_min: float = 1e-3, **sections: dict[str, Any]
     ) -> None:
         data = {"seq_length": S, "vocab_size": V, "mask_id": MASK, "make_vocab_size_divisible_by": 4}
-        model = {"num_layers": 1, "zero_init_head": False, "init_method_std": 0.4}
+        model = {
+            "num_layers": 1,
+            "zero_init_head": False,
+            "init_method_std": 0.4,
+            **sections.pop("model", {}),
+        }
         self.config: RunConfig = small_config(
             data=data, model=model, diffusion={"uniform_ratio": uniform_ratio, "t_min": t_min}, **sections
         )
