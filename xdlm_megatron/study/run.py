@@ -53,6 +53,10 @@ def _check(plan: SweepPlan, protocol: Protocol) -> None:
         )
     if all(point.config.model.autoregressive for point in plan.points):
         raise ConfigError(f"{plan.name}: no model of the study is a denoiser; add one")
+    if not all(point.config.optimizer.ema_decay for point in plan.points):
+        raise ConfigError(
+            f"{plan.name}: a study measures averaged weights, and optimizer.ema_decay=0 keeps none; set it"
+        )
     if plan.points[0].config.data.valid_prefix is None:
         raise ConfigError(f"{plan.name}: a study needs held-out text; set data.valid_prefix")
     if protocol.scorer is not None:

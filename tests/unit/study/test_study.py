@@ -112,6 +112,7 @@ def test_from_a_sweep_to_a_page(sweep: Path) -> None:
         ([f"sweep.sizes.wide={SIZE}"], "a study compares models of one size and one budget"),
         (["sweep.axes={optimizer.lr: [0.1, 0.2]}"], "2 runs are XDLM k=0.1 of seed 1"),
         ([f"sweep.axes={{noise: {{twin: {TWIN}}}}}"], "no model of the study is a denoiser"),
+        (["optimizer.ema_decay=0"], "a study measures averaged weights"),
         (["data.valid_prefix=null"], "a study needs held-out text"),
         (["--scorer", "nowhere"], "--scorer nowhere: no such folder or file"),
     ],
