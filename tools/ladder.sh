@@ -7,15 +7,12 @@ export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= # on the CPU, whatever GPUs there
 sweep=examples/ladder_laptop.yaml
 runs=runs/ladder_laptop
 results=benchmarks/results/ladder
-corpus=examples/data/shakespeare.jsonl.xz
 store="sqlite:///$PWD/runs/mlflow.db"
 
 say() { printf '\n== %s\n' "$*"; }
 
 say "tokenizer and data"
-[ -f data/shakespeare_384.model ] || python tools/train_tokenizer.py --input "$corpus" --vocab-size 384 --output data/shakespeare_384.model
-[ -f data/shakespeare_384_valid.json ] || python tools/preprocess_data.py --input "$corpus" --tokenizer data/shakespeare_384.model \
-  --output data/shakespeare_384 --valid-fraction 0.05 --overwrite
+bash tools/shakespeare_384.sh
 
 say "runs, two at a time"
 python -m xdlm_megatron sweep "$sweep" --local 2

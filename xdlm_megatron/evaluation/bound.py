@@ -57,11 +57,11 @@ class Bound:
 
 @dataclass(frozen=True)
 class TimeBin:
-    """A mean over the tokens with t in [start, end): of the density, nats per token and unit of t."""
+    """A mean over the tokens with t in [start, end): the density, nats a token and unit of t, or a share."""
 
     start: float
     end: float
-    density: Estimate
+    value: Estimate
     num_tokens: int
 
 
@@ -140,6 +140,6 @@ def bins_of(sums_RT: Tensor, tokens_RT: Tensor, t_min: float) -> list[TimeBin]:
     for index, (start, end) in enumerate(pairwise(edges)):
         here_R = tokens_RT[:, index] > 0
         if here_R.any():
-            density = ratio(sums_RT[here_R, index], tokens_RT[here_R, index])
-            found.append(TimeBin(start, end, density, int(tokens_RT[:, index].sum())))
+            value = ratio(sums_RT[here_R, index], tokens_RT[here_R, index])
+            found.append(TimeBin(start, end, value, int(tokens_RT[:, index].sum())))
     return found

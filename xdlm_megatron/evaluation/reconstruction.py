@@ -9,9 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from xdlm_megatron.data.batch import Batch
@@ -98,13 +96,9 @@ def reconstruction(evaluator: NelboEvaluator, chunks: list[Any]) -> list[Accurac
 
     An autoregressive model is asked about every next token; its times mean nothing.
     """
-    terms, samples = evaluator.terms(chunks), evaluator.samples
+    samples = evaluator.samples
     objective = ReconstructionObjective(samples.noise, evaluator.mesh, samples.t_min)
-
-    def build(rows: NDArray[np.int64]) -> Batch:
-        return samples.build(rows, rows % terms.num_strata, terms.num_strata)
-
-    rows = terms.rounds.sums(objective.forward_step, build, evaluator.num_rows, objective.reports)
+    rows = evaluator.terms(chunks).reported(objective)
     found = [
         Accuracy(kind, bins_of(rows["right"][:, index], rows["asked"][:, index], samples.t_min))
         for index, kind in enumerate(KINDS)

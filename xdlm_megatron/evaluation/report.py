@@ -155,8 +155,8 @@ def _accuracy_record(found: Accuracy, bin_: TimeBin) -> dict[str, Any]:
         "kind": found.kind,
         "t_start": bin_.start,
         "t_end": bin_.end,
-        "accuracy": bin_.density.mean,
-        "standard_error": bin_.density.standard_error,
+        "accuracy": bin_.value.mean,
+        "standard_error": bin_.value.standard_error,
         "tokens": bin_.num_tokens,
     }
 
@@ -167,7 +167,7 @@ def write_by_time(path: Path, bins: Sequence[TimeBin]) -> None:
         writer = csv.writer(stream)
         writer.writerow(["t_start", "t_end", "nats_per_token_and_t", "standard_error", "tokens"])
         for each in bins:
-            writer.writerow([f"{x:.6g}" for x in (each.start, each.end, *each.density)] + [each.num_tokens])
+            writer.writerow([f"{x:.6g}" for x in (each.start, each.end, *each.value)] + [each.num_tokens])
 
 
 def draw_by_time(path: Path, bins: Sequence[TimeBin], title: str) -> None:
@@ -205,6 +205,6 @@ def _axes_over_time(path: Path, title: str) -> Iterator[Axes]:
 
 def _draw_bins(axes: Axes, bins: Sequence[TimeBin], colour: str, label: str | None = None) -> None:
     middle = [(each.start + each.end) / 2 for each in bins]
-    mean = [each.density.mean for each in bins]
-    error = [e if math.isfinite(e := each.density.standard_error) else 0.0 for each in bins]
+    mean = [each.value.mean for each in bins]
+    error = [e if math.isfinite(e := each.value.standard_error) else 0.0 for each in bins]
     axes.errorbar(middle, mean, yerr=error, color=colour, marker="o", markersize=3, capsize=2, label=label)

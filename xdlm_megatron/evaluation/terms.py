@@ -9,6 +9,7 @@ Shape suffix: R rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,11 +36,15 @@ class Terms:
 
     def density(self) -> dict[str, Tensor]:
         """What the objective reports of each row, {name: [R, ...]}: its mean over t is the paper's figure."""
+        return self.reported(self.objective)
+
+    def reported(self, objective: Any) -> dict[str, Tensor]:
+        """What any objective (`forward_step`, `reports`) reports of each row, {name: [R, ...]}."""
 
         def build(rows: NDArray[np.int64]) -> Batch:
             return self.samples.build(rows, rows % self.num_strata, self.num_strata)
 
-        return self.rounds.sums(self.objective.forward_step, build, self.num_rows, self.objective.reports)
+        return self.rounds.sums(objective.forward_step, build, self.num_rows, objective.reports)
 
     def strict(self, density: dict[str, Tensor]) -> dict[str, Tensor]:
         """prior, diffusion and reconstruction, nats [R] each, from what `density` returned.

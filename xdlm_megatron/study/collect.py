@@ -16,6 +16,8 @@ from xdlm_megatron.checkpoint.reader import step_of
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.study.protocol import Job
 
+AUTOREGRESSIVE = "autoregressive"
+
 
 @dataclass(frozen=True)
 class BoundRow:
@@ -99,7 +101,7 @@ def model_name(config: RunConfig) -> str:
     """As papers call it."""
     ratio = config.diffusion.uniform_ratio
     if config.model.autoregressive:
-        return "autoregressive"
+        return AUTOREGRESSIVE
     return {0.0: "MDLM (k=0)", 1.0: "UDLM (k=1)"}.get(ratio, f"XDLM k={ratio:g}")
 
 

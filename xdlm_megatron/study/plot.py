@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xdlm_megatron.study.collect import Interval, Results, SampleRow, over_seeds
+from xdlm_megatron.study.collect import AUTOREGRESSIVE, Interval, Results, SampleRow, over_seeds
 from xdlm_megatron.study.tables import (
-    AUTOREGRESSIVE,
     FEWEST_TOKENS,
     dynamic_rows,
     final_bounds,

@@ -5,11 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from xdlm_megatron.study.collect import AccuracyRow, BoundRow, Interval, Results, SampleRow, over_seeds
+from xdlm_megatron.study.collect import (
+    AUTOREGRESSIVE,
+    AccuracyRow,
+    BoundRow,
+    Interval,
+    Results,
+    SampleRow,
+    over_seeds,
+)
 
 TIMES = (0.126, 0.326, 0.526, 0.725, 0.925)  # middles of bins
 FEWEST_TOKENS = 200  # of one kind, bin of time and seed that a share is given of
-AUTOREGRESSIVE = "autoregressive"
 
 
 def write_tables(results: Results, title: str, facts: Sequence[str]) -> str:

@@ -80,7 +80,7 @@ def test_the_curve_adds_up(toys: dict[float, Toy], mesh: Mesh) -> None:
     found = evaluate(toys[0.3], mesh)
     weights = [each.num_tokens for each in found.by_time]
     assert sum(weights) == found.window.num_tokens == NUM_DRAWS * len(TEXTS) * S
-    mean = sum(w * each.density.mean for w, each in zip(weights, found.by_time, strict=True)) / sum(weights)
+    mean = sum(w * each.value.mean for w, each in zip(weights, found.by_time, strict=True)) / sum(weights)
     assert mean == pytest.approx(found.window.nelbo_per_token, rel=1e-7)  # summed in float32
     assert max(weights) / min(weights) < 1.1
     exact = toys[0.3].config.diffusion.t_min

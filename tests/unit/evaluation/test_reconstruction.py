@@ -42,6 +42,6 @@ def test_equals_a_count(k: float, mesh: Mesh) -> None:
         for bin_ in each.by_time:
             key = each.kind, round((bin_.start - 0.05) / 0.95 * NUM_BINS)
             assert bin_.num_tokens == asked[key]
-            assert bin_.density.mean == pytest.approx(right[key] / asked[key], abs=1e-12)
+            assert bin_.value.mean == pytest.approx(right[key] / asked[key], abs=1e-12)
             seen += bin_.num_tokens
     assert seen == asked.total()
