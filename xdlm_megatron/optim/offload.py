@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -77,6 +78,29 @@ def make_resumable(optimizer: MegatronOptimizer) -> None:
                     del group[name]
             hybrid.register_load_state_dict_pre_hook(_use_fused_adam)
             hybrid.register_load_state_dict_post_hook(_count_steps_once)
+
+
+@torch.no_grad()
+def begin_moments(optimizer: MegatronOptimizer) -> None:
+    """Gives parameters that were never updated the moments and the count that they begin with, zeros.
+
+    Without them a run whose updates were all skipped so far cannot be saved.
+    """
+    for inner in inner_optimizers(optimizer):
+        whole = inner.optimizer
+        if whole.state:
+            continue
+        is_hybrid = isinstance(whole, HybridDeviceOptimizer)
+        for adam in whole.sub_optimizers if is_hybrid else [whole]:
+            for group in adam.param_groups:
+                for p in group["params"]:
+                    adam.state[p] = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                    if isinstance(adam, torch.optim.Adam):  # counts by parameter, the others by group
+                        adam.state[p]["step"] = torch.zeros((), device=p.device)
+                    else:
+                        group["step"] = 0
+        if is_hybrid:
+            whole._sync_sub_optimizers_state_to_hdo()
 
 
 def _use_fused_adam(_: HybridDeviceOptimizer, state: dict[str, Any]) -> None:

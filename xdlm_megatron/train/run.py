@@ -37,6 +37,7 @@ from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
+from xdlm_megatron.optim.offload import begin_moments
 from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh_for
 from xdlm_megatron.parallel.process_modes import deterministic, tensor_parallel_overlap
@@ -116,6 +117,8 @@ class Run:
         groups = self.mesh.groups
         model = model_state([unwrap(chunk) for chunk in self.chunks], groups)
         state = dict(model)
+        if not is_loading:
+            begin_moments(self.step.optimizer)
         state |= optimizer_state(model, self.step.optimizer, self.step.lr_schedule, groups, is_loading)
         if self.step.ema is not None:
             state["ema"] = self.step.ema.sharded_state(model, is_loading)

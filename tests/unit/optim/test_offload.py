@@ -25,6 +25,7 @@ from xdlm_megatron.model.build import build_model, unwrap, wrap_for_training
 from xdlm_megatron.optim import offload
 from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
 from xdlm_megatron.optim.ema import Ema
+from xdlm_megatron.optim.offload import begin_moments
 from xdlm_megatron.parallel.mesh import Mesh
 
 GPU, HALF, HOST = 0.0, 0.5, 1.0  # shares of the parameters that are offloaded
@@ -66,6 +67,8 @@ class Trainee:
 
     def sharded_state(self, is_loading: bool) -> dict[str, Any]:
         model = model_state([unwrap(chunk) for chunk in self.chunks], self.mesh.groups)
+        if not is_loading:  # as train/run.py does
+            begin_moments(self.optimizer)
         state = model | optimizer_state(model, self.optimizer, self.schedule, self.mesh.groups, is_loading)
         return state | {"ema": self.ema.sharded_state(model, is_loading)}
 
@@ -159,6 +162,21 @@ def test_checkpoints_load_into_each_other(source: str, target: str, mesh: Mesh, 
     fresh = Trainee(mesh, SHARES[source])  # has no state yet
     fresh.load(tmp_path / "again", resumed.ema.num_updates)
     assert_same_bits(fresh, resumed)
+
+
+@pytest.mark.parametrize(("source", "target"), itertools.product(SHARES, SHARES))
+def test_a_checkpoint_before_the_first_update_is_a_begin(
+    source: str, target: str, mesh: Mesh, tmp_path: Path
+) -> None:
+    """Every update so far was skipped; what comes has the bits of a run that starts."""
+    new, saved, resumed = (Trainee(mesh, SHARES[share]) for share in (target, source, target))
+    saved.save(tmp_path / "checkpoint")
+    resumed.step(99)
+    resumed.load(tmp_path / "checkpoint", 0)
+    for n in range(2):
+        assert new.step(n) == saved.step(n) == resumed.step(n)
+    assert_same_bits(new, saved)
+    assert_same_bits(new, resumed)
 
 
 def test_a_checkpoint_holds_numbers_alone(mesh: Mesh) -> None:

@@ -17,7 +17,7 @@ from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.tracking.tracker import NoopTracker
 from xdlm_megatron.train.ending import TrainingError
 from xdlm_megatron.train.loop import Loop
-from xdlm_megatron.train.run import Run, build_run
+from xdlm_megatron.train.run import Run, Saver, build_run
 from xdlm_megatron.train.signals import StopRequest
 from xdlm_megatron.train.state import TrainState
 from xdlm_megatron.train.step import TrainStep
@@ -105,6 +105,31 @@ def test_a_non_finite_gradient_changes_no_weight(
     assert (state.step, state.skipped_steps, state.skipped_in_a_row) == (3, 1, 0)
     assert all(torch.isfinite(value).all() for value in everything(run).values())
     assert any(not torch.equal(p, before[f"weight {i}"]) for i, p in enumerate(weights(run)))
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_a_run_without_an_update_so_far_is_saved_and_goes_on(
+    distributed: bool, tiny_recipe: dict, mesh: Mesh, tmp_path: Path
+) -> None:
+    """Its first two steps are bad; after the second it is asked to stop."""
+    sections = {"optimizer": {"use_distributed_optimizer": distributed}, "train": {"micro_batch_size": 8}}
+    run, resumed = (new_run(tiny_recipe, mesh, tmp_path, **sections) for _ in range(2))
+    poison(run, {0, 1})
+    state = TrainState()
+    assert all(run.step(state).skipped for _ in range(2))
+    run.folder.mkdir(parents=True)
+    (run.folder / "metrics.jsonl").touch()
+    saver = Saver(run)
+    saver.begin(state)
+    saver.publish()
+    state_again = resumed.load(run.folder / "checkpoints/step_00000002")
+    assert state_again == state
+    for _ in range(2):
+        assert run.step(state).nelbo.tolist() == resumed.step(state_again).nelbo.tolist()
+    assert (state.skipped_steps, state.skipped_in_a_row) == (2, 0)
+    mine, yours = everything(run), everything(resumed)
+    assert mine.keys() == yours.keys()
+    assert all(torch.equal(mine[name], yours[name]) for name in mine)
 
 
 class FakeSaver:
