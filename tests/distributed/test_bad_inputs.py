@@ -94,6 +94,11 @@ def flip(path: Path) -> None:
     path.write_bytes(raw)
 
 
+def turn_into_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
 def swap_pointers(path: Path) -> None:
     """The first two documents of an index change places."""
     raw = bytearray(path.read_bytes())
@@ -277,7 +282,22 @@ CASES: dict[str, tuple[Change, list[str], list[str]]] = {
     "pointer to no step": (
         lambda w: (w.checkpoints / "latest").write_text("last\n"),
         RESUME,
-        ["last is not a checkpoint", "; its name"],
+        ["latest says 'last'", "; write", "there: step_00000001, step_00000002"],
+    ),
+    "empty pointer": (
+        lambda w: (w.checkpoints / "latest").write_text(""),
+        [*RESUME, "--allow-fallback"],
+        ["latest says ''", "; write"],
+    ),
+    "junk for a pointer": (
+        lambda w: (w.checkpoints / "latest").write_bytes(bytes(range(256))),
+        SAMPLE,
+        ["latest says '", "; write"],
+    ),
+    "folder for a pointer": (
+        lambda w: turn_into_folder(w.checkpoints / "latest"),
+        RESUME,
+        ["latest cannot be read (Is a directory)", "; correct its permissions, or make it a file"],
     ),
     "tensor file flipped": (
         lambda w: flip(tensors(w)),

@@ -62,7 +62,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -80,13 +80,13 @@ def find_latest(folder: Path) -> Path | None:
     """The checkpoint that `latest` names, None where nothing was saved yet.
 
     Raises:
-        CheckpointError: `latest` names a checkpoint that is gone.
+        CheckpointError: `latest` cannot be read, or names a checkpoint that is gone.
     """
     path = _read_latest(folder)
     if path is not None and not path.is_dir():
-        others = ", ".join(p.name for p in list_checkpoints(folder)) or "none"
         raise CheckpointError(
-            f"{folder / LATEST} names {path.name}, which is not there (there: {others}); correct the file"
+            f"{folder / LATEST} names {path.name}, which is not there (there: {_names(folder)}); "
+            "correct the file"
         )
     return path
 
@@ -103,11 +103,25 @@ def find_checkpoint(path: Path) -> Path | None:
 
 def _read_latest(folder: Path) -> Path | None:
     pointer = folder / LATEST
-    if not pointer.exists():
+    try:
+        name = pointer.read_bytes().decode(errors="replace").strip()
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    path = folder / pointer.read_text().strip()
-    step_of(path)  # refuses what is no checkpoint's name, an empty file too
-    return path
+    except OSError as error:
+        raise CheckpointError(
+            f"{pointer} cannot be read ({error.strerror}); correct its permissions, or make it a file with the "
+            "name of the checkpoint to go on from"
+        ) from error
+    if not _NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{pointer} says {name[:40]!r}, which is no checkpoint's name; write into it the one to go on from "
+            f"(there: {_names(folder)})"
+        )
+    return folder / name
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(path.name for path in list_checkpoints(folder)) or "none"
 
 
 def check_whole(path: Path, mesh: Mesh) -> None:
