@@ -75,7 +75,10 @@ requeue() { # REASON
 }
 
 if [[ ${XDLM_CHECK:-$((SLURM_JOB_NUM_NODES > 1))} == 1 ]]; then
-    "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" tools/check_collectives.py ||
+    status=0
+    "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" tools/check_collectives.py || status=$?
+    ((status <= 128)) || requeue "the check of the links was killed (srun: $status)"
+    ((status == 0)) ||
         fail 1 "the processes do not reach each other, see above; exclude the node it names: sbatch --exclude=NODE"
 fi
 [[ -z $asked ]] || requeue "asked before training began"
@@ -104,5 +107,6 @@ esac
 # No word: the signal came before training could answer it, or the system ended the processes (SIGKILL; SIGABRT
 # is NCCL's when a node is gone).
 [[ -z $asked ]] || requeue "asked before training could answer"
+((status != 75)) || requeue "a process or its node was lost before training began (srun: 75)"
 ((status <= 128)) || requeue "the processes were killed (srun: $status)"
 fail "$((status ? status : 1))" "training ended without a word (srun: $status); look for its last lines above"

@@ -24,7 +24,7 @@ class ExitStatus(IntEnum):
     DONE = 0  # finished, or stopped as asked
     FAILED = 1  # training cannot go on, or a crash
     USER_ERROR = 2  # recipe, data, checkpoint or command line, told in one line
-    REQUEUE = 75  # saved, and wants to be started again with --resume: EX_TEMPFAIL of sysexits.h
+    REQUEUE = 75  # saved, or lost a process before anything began: start it again. EX_TEMPFAIL of sysexits.h
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,12 +81,14 @@ def _train(options: argparse.Namespace) -> int:
     config = _load(options)
     # First, so that the patches of Megatron-Core are in place when the rest imports it.
     import xdlm_megatron.parallel  # noqa: F401
-    from xdlm_megatron.train.ending import REQUEUE, TrainingError
+    from xdlm_megatron.train.ending import REQUEUE, LostAtStartError, TrainingError
     from xdlm_megatron.train.run import train
 
     try:
         outcome = train(config, resume=options.resume, allow_fallback=options.allow_fallback)
-    except TrainingError:  # told already
+    except LostAtStartError:  # told already, as all TrainingErrors
+        return ExitStatus.REQUEUE
+    except TrainingError:
         return ExitStatus.FAILED
     return ExitStatus.REQUEUE if outcome == REQUEUE else ExitStatus.DONE
 

@@ -85,6 +85,8 @@ def calls(play: Path) -> str:
         ("failed: CheckpointError: damaged", 2, 2, False),
         ("", 134, 0, True),  # SIGABRT: NCCL's watchdog
         ("", 137, 0, True),  # SIGKILL: out of memory, or a node on its way down
+        ("", 75, 0, True),  # a process was lost while they met
+        ("failed: KeyError: 'layer'", 75, 1, False),  # the others lost the one that failed
         ("", 1, 1, False),
         ("", 2, 2, False),
         ("", 0, 1, False),
@@ -154,6 +156,9 @@ def test_links_that_do_not_work_end_the_job_before_training(play: Path) -> None:
     assert done.returncode == 1
     assert "exclude the node it names" in done.stderr
     assert "xdlm_megatron train" not in calls(play)
+    done = start(play, CHECK=137)
+    assert "the check of the links was killed (srun: 137); requeues" in done.stdout
+    assert "scontrol requeue 7" in calls(play)
     start(play, CHECK=1, XDLM_CHECK=0, OUTCOME="finished at step 10")
     assert "check_collectives" not in calls(play)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from xdlm_megatron.tracking.jsonl import decode_line
 
 _TAIL_BYTES = 1 << 14
 
@@ -22,15 +23,20 @@ def is_finished(folder: Path) -> bool:
 
 
 def last_records(folder: Path) -> list[dict[str, Any]]:
-    """The last whole lines of metrics.jsonl; cheap however long the file is."""
+    """The last whole lines of metrics.jsonl; cheap however long the file is.
+
+    Raises ValueError where one of them is damaged.
+    """
+    path = folder / "metrics.jsonl"
     try:
-        with (folder / "metrics.jsonl").open("rb") as file:
+        with path.open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - _TAIL_BYTES))
             cut = file.tell() > 0
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return []
-    return [
-        json.loads(line) for line in lines[int(cut) : -1]
-    ]  # behind the last newline: half a line, or none
+    try:  # behind the last newline: half a line, or none
+        return [decode_line(line) for line in lines[int(cut) : -1]]
+    except ValueError as error:
+        raise ValueError(f"{path}: a damaged line near its end ({error}); repair or remove it") from error

@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron.launch.attempt import DONE, TAKEN, Attempt, SweepFolder
+from xdlm_megatron.launch.progress import is_finished
 from xdlm_megatron.tracking.store import locked
 
 BODY = Path("slurm/run_recipe.sh")
@@ -133,12 +135,21 @@ def run_in_job(folder: str, name: str) -> None:
     )  # a container has its own
     command = [str(BODY), str(sweep.recipe(name))]
     attempt = Attempt(sweep, name, lambda: command, ours | dict(os.environ), CLAIM_SECONDS)
-    for number in (signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, lambda *_: attempt.stop(signal.SIGUSR1))
-    signal.signal(signal.SIGTERM, lambda *_: attempt.stop(signal.SIGTERM))
+    asked: list[int] = []
+
+    def pass_on(number: int, frame: types.FrameType | None) -> None:
+        asked.append(number)
+        attempt.stop(signal.SIGTERM if number == signal.SIGTERM else signal.SIGUSR1)
+
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
+        signal.signal(number, pass_on)
     print(f"{name}: trains, and writes to {sweep.log(name)}", flush=True)
     status = attempt()
-    if status == TAKEN:
+    if status == TAKEN and asked and not is_finished(sweep.run(name)):
+        print(f"{name}: asked to end while another process had it", flush=True)
+        if signal.SIGTERM not in asked:  # the body, which requeues a job that trains, has not begun
+            _slurm("scontrol", "requeue", os.environ["SLURM_JOB_ID"])
+    elif status == TAKEN:
         print(f"{name}: finished before, or another process trains it", flush=True)
     elif status != DONE:
         print(f"{name}: ended with status {status}; see {sweep.log(name)}", flush=True)

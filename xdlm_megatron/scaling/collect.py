@@ -19,6 +19,7 @@ from xdlm_megatron.tracking.shipping import METRICS_FILE
 
 Count = Literal["total", "non-embedding"]
 HELD_OUT_LOSS = "eval/valid/nelbo_per_token"
+STANDARD_ERROR = "eval/valid/nelbo_standard_error"  # of it
 
 # Headings of a table, in small letters with spaces for underscores; the first is ours.
 _HEADINGS = {

@@ -17,7 +17,7 @@ from xdlm_megatron.launch.gpus import GPUS
 from xdlm_megatron.launch.local import LocalRuns
 from xdlm_megatron.launch.progress import last_records
 from xdlm_megatron.launch.submit import Resources, SubmitError, active_runs, share, submit, submitting
-from xdlm_megatron.scaling.collect import HELD_OUT_LOSS, run_point
+from xdlm_megatron.scaling.collect import HELD_OUT_LOSS, STANDARD_ERROR, run_point
 from xdlm_megatron.scaling.sweep import SweepPlan
 from xdlm_megatron.scaling.sweep_state import FINISHED, RUNNING, TO_DO, RunState, read_states
 from xdlm_megatron.scaling.sweep_table import plan_table, status_table, summary
@@ -42,14 +42,23 @@ def status(plan: SweepPlan) -> int:
 
 
 def write_table(plan: SweepPlan, path: Path) -> int:
-    """A line for each finished run: what `fit --points` reads, and how it was trained."""
+    """A line for each finished run: what `fit --points` reads, and how it was trained.
+
+    One without a held-out loss at its end is left out, and said.
+    """
     folder, rows = SweepFolder(plan.folder), []
     states = read_states(folder, plan.points, {})
     for state in states:
         if state.state == FINISHED:
             config, figures = state.point.config, state.point.figures
             records = last_records(folder.run(state.point.name))
-            point = run_point(state.point.name, config, records, "total", HELD_OUT_LOSS)
+            try:
+                point = run_point(state.point.name, config, records, "total", HELD_OUT_LOSS)
+            except ValueError as error:
+                print(f"{state.point.name} is left out: it {error}", file=sys.stderr)
+                continue
+            last = next(record for record in reversed(records) if HELD_OUT_LOSS in record)
+            standard_error = last.get(STANDARD_ERROR)  # runs of an older version have none
             rows.append(
                 {
                     "run": point.run,
@@ -59,7 +68,7 @@ def write_table(plan: SweepPlan, path: Path) -> int:
                     "flops": f"{point.flops:.6g}",
                     "uniform_ratio": point.uniform_ratio,
                     "loss": f"{point.loss:.6f}",
-                    "standard_error": f"{records[-1]['eval/valid/nelbo_standard_error']:.6f}",
+                    "standard_error": "" if standard_error is None else f"{standard_error:.6f}",
                     "seed": config.run.seed,
                     "steps": config.train.num_steps,
                     "batch": config.train.global_batch_size,
@@ -68,7 +77,7 @@ def write_table(plan: SweepPlan, path: Path) -> int:
                 }
             )
     if not rows:
-        raise ConfigError(f"{plan.folder} holds no finished run; see --status")
+        raise ConfigError(f"{plan.folder} holds no finished run with a held-out loss; see --status")
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()

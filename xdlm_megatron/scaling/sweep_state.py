@@ -83,8 +83,11 @@ def _ends(folder: SweepFolder) -> dict[str, list[dict[str, Any]]]:
     """The noted ends of every run's starts, in order."""
     ends: dict[str, list[dict[str, Any]]] = {}
     if folder.attempts.exists():
-        for line in folder.attempts.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for number, line in enumerate(folder.attempts.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line)
+            except ValueError:  # a disk that was full, a machine that failed
+                raise ValueError(f"{folder.attempts}, line {number}: damaged; remove that line") from None
             if record["event"] == "end":
                 ends.setdefault(record["run"], []).append(record)
     return ends

@@ -36,6 +36,10 @@ class LostProcessError(TrainingError):
     """Another process has died or stands still: what this one meets, seldom why the job ends."""
 
 
+class LostAtStartError(LostProcessError):
+    """The same, before the run was this start's: nothing has begun, and no `outcome` says so."""
+
+
 @dataclass
 class Progress:
     """What a process is at, for messages. folder: the run's, once its `outcome` is this start's."""
@@ -78,7 +82,7 @@ def _explain(error: Exception, progress: Progress) -> TrainingError | None:
             f"{progress.doing}: cannot write to {progress.folder}: {error.strerror or error}; make room or "
             "mend the disk, then go on by --resume"
         )
-    return _lost_process(error, progress.doing)
+    return _lost_process(error, progress)
 
 
 def forget_outcome(folder: Path) -> None:
@@ -124,16 +128,21 @@ def _record_failure(folder: Path, error: Exception) -> bool:
     return True
 
 
-def _lost_process(error: Exception, doing: str) -> LostProcessError | None:
+def _lost_process(error: Exception, progress: Progress) -> LostProcessError | None:
     """The error to raise where a collective failed because of another process; None for any other error."""
     text = " ".join(str(error).split())
     if not isinstance(error, dist.DistError) and not (
         isinstance(error, RuntimeError) and any(sign in text for sign in _GLOO)
     ):
         return None
-    return LostProcessError(
-        f"{doing}: {_LOST} ({_collective(error)}: {_reason(text)}); look for its last lines above, then "
-        "go on by --resume"
+    kind, cure = (
+        (LostAtStartError, "start it again")
+        if progress.folder is None
+        else (LostProcessError, "go on by --resume")
+    )
+    return kind(
+        f"{progress.doing}: {_LOST} ({_collective(error)}: {_reason(text)}); look for its last lines above, "
+        f"then {cure}"
     )
 
 

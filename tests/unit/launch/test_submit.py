@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from xdlm_megatron.launch import submit
-from xdlm_megatron.launch.attempt import DONE, SweepFolder
+from xdlm_megatron.launch.attempt import DONE, SweepFolder, take_claim
 from xdlm_megatron.launch.submit import Resources, SubmitError, active_runs, share, submitting
 
 
@@ -92,6 +94,34 @@ def test_a_job_trains_by_the_sweeps_interpreter_or_the_containers(
     monkeypatch.setenv("XDLM_PYTHON", "python3.12")
     submit.run_in_job(str(folder.folder), "x")
     assert [environment.get("XDLM_PYTHON") for environment in given] == [sys.executable, None, "python3.12"]
+
+
+@pytest.mark.parametrize(
+    ("number", "done"),
+    [
+        (signal.SIGUSR2, [("scontrol", "requeue", "71")]),  # ahead of the time limit
+        (signal.SIGTERM, []),  # scancel, or a preemption, after which Slurm itself starts the job again
+    ],
+)
+def test_a_job_asked_to_end_while_it_waits_for_its_run_is_requeued(
+    number: signal.Signals, done: list, folder: SweepFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(submit, "_slurm", lambda *command: called.append(command) or [])
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    claim = take_claim(folder.claim("x"))
+    assert claim is not None
+    signals = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+    handlers = [signal.getsignal(caught) for caught in signals]
+    threading.Timer(0.2, os.kill, [os.getpid(), number]).start()
+    try:
+        submit.run_in_job(str(folder.folder), "x")
+    finally:
+        for caught, handler in zip(signals, handlers, strict=True):
+            signal.signal(caught, handler)
+        os.close(claim)
+    assert called == done
+    assert not folder.attempts.exists(), "nothing was trained"
 
 
 @pytest.mark.parametrize(

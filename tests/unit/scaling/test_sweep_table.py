@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -51,8 +52,45 @@ def test_the_table_holds_what_fit_reads_from_the_runs(
         assert row.flops == pytest.approx(run.flops, rel=1e-5)
 
 
+def test_what_a_run_lacks_stays_empty_or_is_said(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One was trained by a version without errors, one had a single held-out sequence, one had none."""
+
+    def change(name: str, field: str, value: object) -> None:
+        path = finished / name / "metrics.jsonl"
+        record = {**json.loads(path.read_text()), field: value}
+        path.write_text(json.dumps({key: kept for key, kept in record.items() if kept is not None}) + "\n")
+
+    old, single, blind = sorted(path.name for path in finished.iterdir())[1:4]
+    change(old, "eval/valid/nelbo_standard_error", None)
+    change(single, "eval/valid/nelbo_standard_error", "NaN")
+    change(blind, "eval/valid/nelbo_per_token", None)
+    table = finished.parent / "points.csv"
+    assert main(["sweep", str(finished.parent / "sweep.yaml"), "--table", str(table)]) == 0
+    said = capsys.readouterr()
+    assert "7 of 8 runs" in said.out
+    assert f"{blind} is left out: it has no eval/valid/nelbo_per_token at its last step" in said.err
+    with table.open() as file:
+        errors = {row["run"]: row["standard_error"] for row in csv.DictReader(file)}
+    assert (errors.pop(old), errors.pop(single)) == ("", "nan")
+    assert set(errors.values()) == {"0.010000"}
+
+
+@pytest.mark.parametrize("name", ["small-D8192-uniform_ratio0/metrics.jsonl", "sweep/attempts.jsonl"])
+def test_a_damaged_line_is_named(name: str, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (finished / name).parent.mkdir(exist_ok=True)
+    with (finished / name).open("a") as file:
+        file.write('{"step": 4,\n')
+    assert main(["sweep", str(finished.parent / "sweep.yaml"), "--status"]) == 2
+    error = capsys.readouterr().err
+    assert name in error
+    assert "damaged" in error
+    assert error.count("\n") == 1
+
+
 def test_a_sweep_without_a_finished_run_has_no_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["sweep", str(write_sweep(tmp_path)), "--table", str(tmp_path / "points.csv")]) == 2
-    assert "holds no finished run; see --status" in capsys.readouterr().err
+    assert "holds no finished run with a held-out loss; see --status" in capsys.readouterr().err

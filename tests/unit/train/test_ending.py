@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+import yaml
 
+from xdlm_megatron.__main__ import ExitStatus, main
 from xdlm_megatron.checkpoint.writer import SaveError
 from xdlm_megatron.train.ending import (
     Progress,
@@ -33,12 +36,30 @@ def explain(error: Exception, progress: Progress) -> TrainingError:
 
 
 @pytest.mark.parametrize("error", [RuntimeError(GLOO), dist.DistBackendError("NCCL: remote process exited")])
-def test_a_lost_process(error: Exception) -> None:
-    message = str(explain(error, Progress(doing="step 12")))
+def test_a_lost_process(error: Exception, tmp_path: Path) -> None:
+    message = str(explain(error, Progress("step 12", tmp_path)))
     assert message.startswith("step 12: another process has died or does not answer (all_reduce: ")
     assert message.endswith("; look for its last lines above, then go on by --resume")
     assert "third_party" not in message
     assert "\n" not in message
+
+
+def test_a_process_that_never_comes(
+    tiny_recipe: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing has begun: there is nothing to resume, and a scheduler may start the job again."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({**tiny_recipe, "run": {"name": "a", "output_dir": str(tmp_path)}}))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["train", str(recipe), "parallel.distributed_timeout_minutes=0.02"]) == ExitStatus.REQUEUE
+    (line,) = (line for line in lines(capfd) if line.startswith("error: "))
+    assert line.startswith("error: start: another process has died or does not answer (")
+    assert line.endswith("; look for its last lines above, then start it again")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
 def test_a_disk_that_refuses(tmp_path: Path) -> None:
