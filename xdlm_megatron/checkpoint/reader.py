@@ -109,13 +109,13 @@ def _read_latest(folder: Path) -> Path | None:
         return None
     except OSError as error:
         raise CheckpointError(
-            f"{pointer} cannot be read ({error.strerror}); correct its permissions, or make it a file with the "
-            "name of the checkpoint to go on from"
+            f"{pointer} cannot be read ({error.strerror}); correct its permissions, or make it a file with "
+            "the name of the checkpoint to go on from"
         ) from error
     if not _NAME.fullmatch(name):
         raise CheckpointError(
-            f"{pointer} says {name[:40]!r}, which is no checkpoint's name; write into it the one to go on from "
-            f"(there: {_names(folder)})"
+            f"{pointer} says {name[:40]!r}, which is no checkpoint's name; write into it the one to go on "
+            f"from (there: {_names(folder)})"
         )
     return folder / name
 

@@ -52,9 +52,7 @@ def test_the_table_holds_what_fit_reads_from_the_runs(
         assert row.flops == pytest.approx(run.flops, rel=1e-5)
 
 
-def test_what_a_run_lacks_stays_empty_or_is_said(
-    finished: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_a_run_lacks_stays_empty_or_is_said(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One was trained by a version without errors, one had a single held-out sequence, one had none."""
 
     def change(name: str, field: str, value: object) -> None:
