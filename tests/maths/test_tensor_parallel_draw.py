@@ -76,14 +76,16 @@ def draws(rank, tp, group):
 
 
 def kernel_draws(rank, tp, group, twin=False):
-    """Ids, keys and x of z_t by the kernels on the host: of all of p, and of nuclei, by surveys if tp > 1."""
+    """Ids, keys and x of z_t by the kernels on the host: of all of p, and of nuclei, by surveys if tp > 1,
+    which leave some of these coarse rows open.
+    """
     draw = REFERENCE_DRAW if twin else posterior_draw(load_host())
-    logits, zt, noise = case(*SHAPES[0], torch.bfloat16, distinct=24)
+    logits, zt, noise = case(*SHAPES[0], torch.bfloat16, distinct=40)
     P = logits.shape[1] // tp
     rows = torch.arange(len(logits))
     counters = Counters((5, Stream.SAMPLE_STEP), 2, rows, rows)
     found = []
-    for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (0.7, 0.5)):
+    for temperature, top_p in ((1.0, 1.0), (1.0, 0.9), (0.3, 0.8), (100.0, 0.5)):
         shard = logits[:, rank * P : (rank + 1) * P].contiguous()
         named = (shard, rows, zt[0, : len(rows)], counters, Shard(noise, rank * P))
         key, ids, x = draw_tokens(draw, ChosenRows(*named, temperature), top_p, group)
@@ -142,10 +144,8 @@ def run_rank(rank, folder):
             drawn = kernel_draws(0, 1, None)
             assert torch.equal(kernel_draws(0, 1, None, twin=True), drawn[::3])
             splits = [kernel_draws(rank % 2, 2, pairs[rank // 2]), kernel_draws(rank, 4, dist.group.WORLD)]
-            assert torch.equal(*splits)
-            assert torch.equal(splits[0][::3], drawn[::3])
-            # a row that two ranks must read again has the twin's key, which differs by rounding
-            torch.testing.assert_close(splits[0], drawn, rtol=0, atol=3e-6)
+            assert torch.equal(splits[0], drawn)
+            assert torch.equal(splits[1], drawn)
         sampled = samples(0, 1, None)
         assert torch.equal(samples(rank % 2, 2, pairs[rank // 2]), sampled)
         assert torch.equal(samples(rank, 4, dist.group.WORLD), sampled)

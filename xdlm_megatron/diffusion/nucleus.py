@@ -2,11 +2,12 @@
 
 The law is posterior.token_law's: from the most probable token down, equals by id, all whose cumulative
 probability stays within top_p; the first always. No row is sorted or gathered. The masses of the bins of
-survey.py, summed over the ranks (4 KiB a row), tell in which of them the nucleus ends. A radix search over
-the bits of its float32 logits, read as integers that order like them, then finds the largest logit that does
-not fit whole: four rounds, each a histogram of 256 digits (2 KiB a row). Masses are integers, so that no
-order of summation matters: a split vocabulary ends a nucleus at the same token. The kernels count alike, but
-for the rounding of their exponentials, a unit of 2^-15 in few tokens.
+survey.py, summed over the ranks (4 KiB a row), tell in which of them the nucleus ends. A radix search among
+that bin's tokens then finds the first that does not fit. A token's order is one integer, the bits of its
+float32 logit and then those of its id; each round fixes eight of them, by a histogram of 256 digits (2 KiB a
+row). Masses are integers, so that no order of summation matters: a split vocabulary ends a nucleus at the
+same token. The kernels count alike, but for the rounding of their exponentials, a unit of 2^-15 in few
+tokens.
 
 Shape suffixes: N rows of logits, M rows at work, C rows of a chunk, P vocabulary shard, E tokens of
 a bin, R ranks, D slots or digits.
@@ -18,13 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import LOG2_E, ROWS, refuse_nan, shard_rows
 from xdlm_megatron.diffusion.survey import SLOTS, End, bins_at, bins_of, find_end, masses_at, places_of
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
-DIGITS = 256
-SHIFTS = (24, 16, 8, 0)
+DIGIT_BITS = 8
+DIGITS = 1 << DIGIT_BITS
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,16 @@ def find_nucleus(
     for rows, x_CP in shard_rows(logits_NP, index_M, shard, beside=4 * SLOTS):
         top_C = gather_ranks(x_CP.amax(-1), group).amax(0)
         refuse_nan(top_C[: M - rows.start])
-        end, tokens = _find_bin(x_CP, top_C, scale, top_p, group)
-        key_C, above_C, within_C = _search(*tokens, end.room_M, group)
-        floor_M[rows] = from_ordered_bits(key_C)
-        equal_CP = x_CP == floor_M[rows, None]
-        count_RC = gather_ranks(equal_CP.sum(-1), group)
-        kept_C = (end.room_M - above_C) // (within_C // count_RC.sum(0))
-        kept_C = torch.where(end.is_first_M & (above_C == 0), kept_C.clamp_min(1), kept_C)
-        rank = 0 if group is None else dist.get_rank(group)
-        own_C1 = (kept_C - count_RC[:rank].sum(0))[:, None]
-        last_C = torch.where(equal_CP & (equal_CP.cumsum(-1) <= own_C1), _columns(x_CP), -1).amax(-1)
-        last_M[rows] = torch.where(last_C < 0, -1, shard.first_id + last_C)
+        end, tokens = _find_bin(x_CP, top_C, scale, top_p, shard, group)
+        least_C = least_order(*tokens, end, order_bits(shard.noise), group)
+        floor_M[rows], last_M[rows] = split_order(least_C, shard.noise)
     return Nucleus(floor_M[:M], last_M[:M])
 
 
 def _find_bin(
-    x_CP: Tensor, top_C: Tensor, scale: float, top_p: float, group: dist.ProcessGroup | None
+    x_CP: Tensor, top_C: Tensor, scale: float, top_p: float, shard: Shard, group: dist.ProcessGroup | None
 ) -> tuple[End, tuple[Tensor, Tensor, Tensor]]:
-    """The bin in which the nucleus ends, and this rank's tokens of it: row, ordered bits and mass of each."""
+    """The bin in which the nucleus ends, and this rank's tokens of it: row, order and mass of each."""
     y_CP = places_of(x_CP, scale)
     bin_CP = bins_at(y_CP)
     mass_CP = masses_at(y_CP, bin_CP)
@@ -94,7 +88,29 @@ def _find_bin(
         dist.all_reduce(mass_CD, group=group)
     end = find_end(mass_CD, top_bin_C, top_p)
     at = (slot_CP == (top_bin_C - end.bin_M)[:, None]).nonzero(as_tuple=True)
-    return end, (at[0], ordered_bits(x_CP[at]), mass_CP[at].long())
+    order_E = order_of(x_CP[at], shard.first_id + at[1], shard.noise)
+    return end, (at[0], order_E, mass_CP[at].long())
+
+
+def order_of(logits_E: Tensor, id_E: Tensor, noise: StationaryNoise) -> Tensor:
+    """int64 in [0, 2^order_bits): the more probable token's is the larger, of equals the lower id's."""
+    return ((ordered_bits(logits_E) + (1 << 31)) << id_bits(noise)) + ((1 << id_bits(noise)) - 1 - id_E)
+
+
+def split_order(order_E: Tensor, noise: StationaryNoise) -> tuple[Tensor, Tensor]:
+    """(logit, id): the inverse of order_of."""
+    width = id_bits(noise)
+    return from_ordered_bits((order_E >> width) - (1 << 31)), (1 << width) - 1 - order_E % (1 << width)
+
+
+def id_bits(noise: StationaryNoise) -> int:
+    """Bits of an id: at most 31 (order_of's number is one of int64)."""
+    return (noise.vocab_size - 1).bit_length()
+
+
+def order_bits(noise: StationaryNoise) -> int:
+    """Bits of an order."""
+    return 32 + id_bits(noise)
 
 
 def ordered_bits(x: Tensor) -> Tensor:
@@ -109,30 +125,21 @@ def from_ordered_bits(key: Tensor) -> Tensor:
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
 
-def _search(
-    row_E: Tensor, key_E: Tensor, mass_E: Tensor, room_C: Tensor, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(key of the largest logit whose tokens do not all fit into room_C, mass above it, mass at it), [C].
-
-    All ranks' tokens count. Each round fixes eight bits of the key, from the top.
-    """
-    key_E = key_E + (1 << 31)
-    found_C, above_C = torch.zeros_like(room_C), torch.zeros_like(room_C)
-    for shift in SHIFTS:
-        digit_E = DIGITS - 1 - (key_E >> shift) % DIGITS
-        inside_E = key_E >> (shift + 8) == found_C[row_E]
-        mass_D = mass_E.new_zeros(len(room_C) * DIGITS)
-        mass_D.index_add_(0, row_E * DIGITS + digit_E, mass_E.masked_fill(~inside_E, 0))
+def least_order(
+    row_E: Tensor, order_E: Tensor, mass_E: Tensor, end: End, bits: int, group: dist.ProcessGroup | None
+) -> Tensor:
+    """Of all ranks' tokens of the bins in which nuclei end, those of this order or more lie inside: [C]."""
+    found_C, above_C = torch.zeros_like(end.room_M), torch.zeros_like(end.room_M)
+    for shift in reversed(range(0, bits, DIGIT_BITS)):
+        digit_E = DIGITS - 1 - (order_E >> shift) % DIGITS
+        apart_E = order_E >> (shift + DIGIT_BITS) != found_C[row_E]
+        mass_D = mass_E.new_zeros(len(found_C) * DIGITS)
+        mass_D.index_add_(0, row_E * DIGITS + digit_E, mass_E.masked_fill(apart_E, 0))
         if group is not None:
             dist.all_reduce(mass_D, group=group)
         down_CD = mass_D.view(-1, DIGITS).cumsum(-1)
-        fits_C1 = (above_C[:, None] + down_CD <= room_C[:, None]).sum(-1, keepdim=True)
-        before_CD = torch.nn.functional.pad(down_CD, (1, 0))
-        fitting_C, within_C = (x.gather(1, fits_C1)[:, 0] for x in (before_CD, down_CD))
-        within_C, above_C = within_C - fitting_C, above_C + fitting_C
+        fits_C1 = (above_C[:, None] + down_CD <= end.room_M[:, None]).sum(-1, keepdim=True)
+        above_C += torch.nn.functional.pad(down_CD, (1, 0)).gather(1, fits_C1)[:, 0]
         found_C = found_C * DIGITS + DIGITS - 1 - fits_C1[:, 0]
-    return found_C - (1 << 31), above_C, within_C
-
-
-def _columns(x_CP: Tensor) -> Tensor:
-    return torch.arange(x_CP.shape[1], device=x_CP.device)
+    is_inside_C = end.is_first_M & (above_C == 0)  # the most probable token, though it does not fit
+    return found_C + 1 - is_inside_C.long()

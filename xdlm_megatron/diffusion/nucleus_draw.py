@@ -4,20 +4,23 @@ All tokens' clocks run as they do without a nucleus, and the first of its tokens
 cut to the nucleus, and a winner among all tokens that lies in the nucleus wins there too. A tile whose first
 ring is outside goes on with its other clocks. There are three ways to the same tokens: to find the nucleus
 and to draw from it, which reads the rows several times; a kernel that does so with one read, where one rank
-has the whole vocabulary; or on several ranks one read, a survey (survey.py), and the first way for the few
-rows of which that cannot tell.
+has the whole vocabulary; or on several ranks one read, a survey (survey.py), and one more of the few rows of
+which that cannot tell. The kernels' ways agree bit for bit, with each other and for any number of ranks: the
+same keys and masses, of which nothing but maxima and sums of integers are taken.
 
 Shape suffixes: N rows of logits, M rows at work, C rows of a chunk, P vocabulary shard, T tiles of it, W
 tiles wherever they are, L those of them that go on, R ranks.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xdlm_megatron.diffusion.nucleus import find_nucleus
+from xdlm_megatron.diffusion.nucleus import find_nucleus, least_order, order_bits, order_of
 from xdlm_megatron.diffusion.shard_rows import TILE, shard_rows, winner_of_ranks
-from xdlm_megatron.diffusion.survey import settle
+from xdlm_megatron.diffusion.survey import MASS_BITS, NO_KEY, Settled, Survey, settle, unpack
 from xdlm_megatron.diffusion.token_race import (
     ChosenRows,
     Counters,
@@ -28,6 +31,8 @@ from xdlm_megatron.diffusion.token_race import (
     pick_column,
 )
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
+
+TOKENS = 1 << 20  # of the bins in which nuclei end, at once
 
 
 def draw_tokens(
@@ -45,11 +50,40 @@ def draw_tokens(
     survey = draw.survey(chosen)
     if survey is None:
         return _winners(draw_share(chosen, top_p, group), group)
-    key_M, token_M, x_M, open_M = settle(survey, chosen.scale, top_p, group)
-    if len(rest := open_M.nonzero()[:, 0]):
-        share_3M = draw_share(chosen.only(rest), top_p, group)
-        key_M[rest], token_M[rest], x_M[rest] = _winners(share_3M, group)
-    return key_M, token_M, x_M
+    settled = settle(survey, chosen.scale, top_p, group)
+    best_M, has_zt_M = settled.best_M, settled.has_zt_M
+    if len(rest := settled.open_M.nonzero()[:, 0]):
+        best_M[rest], has_zt_M[rest] = _draw_at_end(survey, settled, chosen, rest, group)
+    return *unpack(best_M), torch.where(has_zt_M, settled.zt_M.double() * chosen.scale, -torch.inf)
+
+
+def _draw_at_end(
+    survey: Survey, settled: Settled, chosen: ChosenRows, rest: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """(best, has_zt) of the rows `rest`, with the tokens of the bins in which their nuclei end."""
+    best_M, has_zt_M, noise = settled.best_M[rest], settled.has_zt_M[rest], chosen.shard.noise
+    most_M = settled.end.mass_M[rest] >> MASS_BITS  # no token of a bin has less than its level's
+    for part in _parts(most_M):
+        at, best_C, end = rest[part], best_M[part], settled.end[rest[part]]
+        tokens = survey.bin_tokens(at, end.bin_M, most_M[part])
+        order_E = order_of(tokens.logits_E, unpack(tokens.best_E)[1], noise)
+        least_C = least_order(tokens.row_E, order_E, tokens.mass_E, end, order_bits(noise), group)
+        inside_E = tokens.best_E.masked_fill(order_E < least_C[tokens.row_E], NO_KEY)
+        best_C = best_C.scatter_reduce(0, tokens.row_E, inside_E, "amax")
+        best_M[part] = gather_ranks(best_C, group).amax(0)
+        has_zt_M[part] = order_of(settled.zt_M[at], chosen.zt_M[at], noise) >= least_C
+    return best_M, has_zt_M
+
+
+def _parts(most_M: Tensor) -> Iterator[slice]:
+    """Rows of at most TOKENS tokens together, or one; most_M: of each row, of all ranks."""
+    begin = total = 0
+    for row, most in enumerate(most_M.tolist()):
+        if total + most > TOKENS and row > begin:
+            yield slice(begin, row)
+            begin, total = row, 0
+        total += most
+    yield slice(begin, len(most_M))
 
 
 def _winners(share_3M: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,13 +4,18 @@ With y = l log2(e) / temperature, a logit's level is floor(y) and its bin a sixt
 for each bin its mass, in integers, so that no order of summation matters, and the first of its tokens to ring
 in the race of token_race.py. The masses of all ranks then tell the bin in which the nucleus ends; all bins
 above it lie inside. Where none of its tokens rings before theirs, or none fits, the winner is known
-(`settle`); else the search of nucleus.py must tell, which one rank alone has done in its first read already
+(`settle`); else that bin's tokens (`BinTokens`, one more read of the row) must tell, among which
+nucleus_draw.py looks for the end. One rank alone has done so in its first read already
 (kernels/csrc/posterior_nucleus.cu). Mass is right to 2^-16 of itself, and with it the end of a nucleus.
 
-Shape suffixes: M rows at work, R ranks, S slots, D bins from the most probable one down.
+Shape suffixes: M rows at work, R ranks, S slots, D bins from the most probable one down, E tokens of bins.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +29,18 @@ LARGEST = 2.0**17  # of |y|: what is beyond counts as there
 MASS_BITS, ID_BITS, KEY_UNIT, NO_KEY = 15, 20, 2.0**-22, -(1 << 63)
 
 
+class BinTokens(NamedTuple):
+    """The tokens of one bin of each row in a shard, in any order, and places without one, of mass 0.
+
+    row_E: whose they are. logits_E: float32. mass_E, best_E: int64, as a survey's.
+    """
+
+    row_E: Tensor
+    logits_E: Tensor
+    mass_E: Tensor
+    best_E: Tensor
+
+
 @dataclass(frozen=True)
 class Survey:
     """Of M rows of a shard.
@@ -31,12 +48,15 @@ class Survey:
     top_M, zt_M: float32, the largest logit (NaN where one is) and z_t's (-inf where it is the mask or another
     rank's). mass_MS, best_MS: int64, of the bins at slot bin % SLOTS, down to SLOTS below the largest
     logit's: sum of 2^(y - level) in units of 2^-15; the largest key with its id, as `unpack` reads it.
+    bin_tokens: (some of these rows, a bin of each, how many tokens it has at most) -> its tokens, by another
+    read of the rows.
     """
 
     top_M: Tensor
     zt_M: Tensor
     mass_MS: Tensor
     best_MS: Tensor
+    bin_tokens: Callable[[Tensor, Tensor, Tensor], BinTokens]
 
     def downwards(self, top_bin_M: Tensor, own_bin_M: Tensor) -> tuple[Tensor, Tensor]:
         """mass and best of the bins top_bin_M, top_bin_M - 1, ... [M, D]; own_bin_M: this shard's largest."""
@@ -89,6 +109,24 @@ class End:
     room_M: Tensor
     is_first_M: Tensor
 
+    def __getitem__(self, rows: slice | Tensor) -> End:
+        return End(self.bin_M[rows], self.mass_M[rows], self.room_M[rows], self.is_first_M[rows])
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the ranks' surveys say together of M rows.
+
+    best_M: the first token to ring of those surely inside, as `unpack` reads it. zt_M: z_t's logit, float32.
+    has_zt_M: whether it is inside. open_M: whether the end's tokens must be seen, of both.
+    """
+
+    end: End
+    best_M: Tensor
+    zt_M: Tensor
+    has_zt_M: Tensor
+    open_M: Tensor
+
 
 def find_end(mass_MD: Tensor, top_bin_M: Tensor, top_p: float) -> End:
     """mass_MD: of all ranks, of the bins from top_bin_M down. In integers of at most 2^52."""
@@ -105,13 +143,8 @@ def find_end(mass_MD: Tensor, top_bin_M: Tensor, top_p: float) -> End:
     return End(top_bin_M - at_M, mass_M, room_M, at_M == 0)
 
 
-def settle(
-    survey: Survey, scale: float, top_p: float, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(key, id, x of z_t, bool: the survey cannot tell), [M]. In the last case the others have no meaning.
-
-    As nucleus_draw.draw_tokens. Three messages: 8 bytes a row, 4 KiB, 16 bytes.
-    """
+def settle(survey: Survey, scale: float, top_p: float, group: dist.ProcessGroup | None) -> Settled:
+    """Three messages: 8 bytes a row, 4 KiB, 16 bytes. Raises ValueError on NaN."""
     top_M, zt_M = gather_ranks(torch.stack([survey.top_M, survey.zt_M]), group).amax(0)
     refuse_nan(top_M)
     top_bin_M, zt_bin_M = bins_of(top_M, scale), bins_of(zt_M, scale)
@@ -129,7 +162,7 @@ def settle(
     above_M, with_M = (best_MD.gather(1, at_M1)[:, 0] for at_M1 in ((end_M1 - 1).clamp_min(0), end_M1))
     best_2M = torch.stack([above_M.masked_fill(end.is_first_M, NO_KEY), with_M])
     above_M, with_M = gather_ranks(best_2M, group).amax(0)
-    key_M, token_M = unpack(torch.where(only_M, with_M, above_M))
     at_end_M = zt_bin_M == end.bin_M
-    x_M = torch.where((zt_bin_M > end.bin_M) | (at_end_M & only_M), zt_M.double() * scale, -torch.inf)
-    return key_M, token_M, x_M, ~(only_M | none_M) & ((with_M > above_M) | at_end_M)
+    has_zt_M = (zt_bin_M > end.bin_M) | (at_end_M & only_M)
+    open_M = ~(only_M | none_M) & ((with_M > above_M) | at_end_M)
+    return Settled(end, torch.where(only_M, with_M, above_M), zt_M, has_zt_M, open_M)

@@ -1,14 +1,15 @@
-"""The draws and the survey of diffusion/token_race.py, nucleus_draw.py and survey.py by csrc/posterior*."""
+"""The draws of diffusion/token_race.py and nucleus_draw.py and the reads of survey.py by csrc/posterior*."""
 
 from __future__ import annotations
 
 import ctypes
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from xdlm_megatron.diffusion.shard_rows import TILE
-from xdlm_megatron.diffusion.survey import SLOTS, Survey
+from xdlm_megatron.diffusion.survey import SLOTS, BinTokens, Survey
 from xdlm_megatron.diffusion.token_race import ChosenRows, Draw
 from xdlm_megatron.kernels.library import DTYPES, Library, check_logits
 
@@ -67,7 +68,17 @@ class PosteriorKernels:
         logits_2M = logits_NP.new_empty(2, M, dtype=torch.float32)
         mass_MS, best_MS = (chosen.index_M.new_empty(M, SLOTS) for _ in range(2))
         self._library.call("xdlm_posterior_survey", logits_NP.device, rows, logits_2M, mass_MS, best_MS)
-        return Survey(logits_2M[0], logits_2M[1], mass_MS, best_MS)
+        bin_tokens = partial(self._bin_tokens, chosen)
+        return Survey(logits_2M[0], logits_2M[1], mass_MS, best_MS, bin_tokens)
+
+    def _bin_tokens(self, chosen: ChosenRows, at: Tensor, bin_M: Tensor, most_M: Tensor) -> BinTokens:
+        rows, _ids_4M = self._rows(chosen.only(at))
+        row_E = torch.arange(len(bin_M), device=bin_M.device).repeat_interleave(most_M)
+        logits_E = chosen.logits_NP.new_empty(len(row_E), dtype=torch.float32)
+        mass_E, best_E = (torch.empty_like(row_E) for _ in range(2))
+        end_M = most_M.cumsum(0)
+        self._library.call("xdlm_posterior_bin", row_E.device, rows, bin_M, end_M, logits_E, mass_E, best_E)
+        return BinTokens(row_E, logits_E, mass_E, best_E)
 
     def _rows(self, chosen: ChosenRows) -> tuple[DrawRows, Tensor]:
         """What the kernels take, and a tensor that must outlive their call."""

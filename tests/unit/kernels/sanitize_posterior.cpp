@@ -57,6 +57,20 @@ Drawn draw(int64_t first, int64_t columns, int64_t vocab, int64_t dtype) {
   expect(xdlm_posterior_draw(&what, out.token.data(), nullptr) == 0, "draw", columns, dtype);
   expect(xdlm_posterior_survey(&what, out.logits.data(), out.mass.data(), out.best.data(), nullptr) == 0, "survey",
          columns, dtype);
+  // the bin of the most probable token of each row; room for all tokens
+  std::vector<int64_t> bin, end, masses(size_t(columns * M)), bests(size_t(columns * M));
+  std::vector<float> seen(size_t(columns * M));
+  for (int64_t i = 0; i < M; ++i) {
+    bin.push_back(int64_t(rint(16.f * fmaxf(out.logits[i], -9.f) * float(what.scale) - 0.5f)));
+    end.push_back((i + 1) * columns);
+  }
+  expect(xdlm_posterior_bin(&what, bin.data(), end.data(), seen.data(), masses.data(), bests.data(), nullptr) == 0, "bin",
+         columns, dtype);
+  for (int64_t i = 0; i < M; ++i) {
+    int64_t mass = 0;
+    for (int64_t j = i * columns; j < (i + 1) * columns; ++j) mass += masses[j];
+    expect(mass == (out.logits[i] == -INFINITY ? 0 : out.mass[i * 512 + (bin[i] & 511)]), "a bin's mass", columns, dtype);
+  }
   if (first == 0 && columns >= vocab)
     for (int64_t cluster : {2, 0})
       expect(xdlm_posterior_nucleus(&what, 0.9, out.of_nucleus.data(), cluster, nullptr) == 0, "nucleus", columns, dtype);

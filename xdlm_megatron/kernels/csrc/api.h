@@ -74,7 +74,11 @@ XDLM_API int xdlm_posterior_draw(const XdlmDraw*, double* draw_3M, void* stream)
 
 // survey.py says what it computes: the largest logit and z_t's, and for each of 512 slots a mass and a key with its id.
 XDLM_API int xdlm_posterior_survey(const XdlmDraw*, float* logits_2M, int64_t* mass_MS, int64_t* best_MS, void* stream);
-// Whether it can: the vocabulary has up to 2^20 ids, the shard less than 2^19 columns.
+// The tokens of bin bin_M[i] of row i (survey.py's BinTokens), in any order, from end_M[i - 1] on and up to end_M[i]: their
+// logits, masses and keys with ids. Room that is left has mass 0.
+XDLM_API int xdlm_posterior_bin(const XdlmDraw*, const int64_t* bin_M, const int64_t* end_M, float* logits_E,
+                                int64_t* mass_E, int64_t* best_E, void* stream);
+// Whether they can: the vocabulary has up to 2^20 ids, the shard less than 2^19 columns.
 XDLM_API int64_t xdlm_survey_fits(const XdlmDraw*);
 
 // The draw from the first top_p of p, of rows of the whole vocabulary; x is -inf where z_t is outside. A cluster of blocks

@@ -177,8 +177,8 @@ template <class T> XDLM_DEVICE T shuffle(T value, int lane) {
   }
   return value;
 }
-// In shared memory, in any order among the threads of a block.
-XDLM_DEVICE void atomic_add(uint32_t* place, uint32_t value) { atomicAdd(place, value); }
+// In shared memory, in any order among the threads of a block; a sum's value before.
+XDLM_DEVICE uint32_t atomic_add(uint32_t* place, uint32_t value) { return atomicAdd(place, value); }
 XDLM_DEVICE void atomic_max(int64_t* place, int64_t value) {
   atomicMax(reinterpret_cast<long long*>(place), static_cast<long long>(value));
 }
@@ -206,7 +206,7 @@ inline void sync_block() { host::context.own->barrier.arrive_and_wait(); }
 inline unsigned char* shared_memory() { return host::context.own->shared(); }
 inline int first_bit(uint64_t bits) { return __builtin_ctzll(bits); }
 template <class T> T shuffle(T value, int lane) { return host::shuffle(value, lane); }
-inline void atomic_add(uint32_t* place, uint32_t value) { __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
+inline uint32_t atomic_add(uint32_t* place, uint32_t value) { return __atomic_fetch_add(place, value, __ATOMIC_RELAXED); }
 inline void atomic_max(int64_t* place, int64_t value) {
   int64_t old = __atomic_load_n(place, __ATOMIC_RELAXED);
   while (old < value && !__atomic_compare_exchange_n(place, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {

@@ -36,13 +36,15 @@ struct LargestLogit {
 // `take(i, key)` for all columns of a tile whose first ring has `key`: the first's, and of each other one an exponential
 // time more than the first.
 template <class Take>
-XDLM_DEVICE void all_rings(const float (&w)[8], double base, double key, int64_t tile, const Counter& counter, Take take) {
+XDLM_DEVICE void all_rings(const float (&w)[8], float top, double scale, double key, int64_t tile, const Counter& counter,
+                           Take take) {
   const int first = inverse_cdf(w, counter.rare_words(kFirstDraws + uint32_t(tile)));
   XDLM_UNROLL for (int pair = 0; pair < kTile / 2; ++pair) {
     const Words words = counter.rare_words(kLaterDraws + 4 * uint32_t(tile) + uint32_t(pair));
     XDLM_UNROLL for (int half = 0; half < 2; ++half) {
       const int i = 2 * pair + half;
-      const double own = base + double(fast_log2(w[i]) - log2_exponential(words.word[2 * half], words.word[2 * half + 1]));
+      const float ratio = fast_log2(w[i]) - log2_exponential(words.word[2 * half], words.word[2 * half + 1]);
+      const double own = fma(double(top), scale, double(ratio));
       const float apart = float(fabs(own - key));
       const double later = fmin(own, key) - double(fast_log2(1.f + fast_exp2(-apart)));
       take(i, i == first ? key : later);

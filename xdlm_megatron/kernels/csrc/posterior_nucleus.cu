@@ -249,7 +249,6 @@ XDLM_DEVICE void race(Scratch& scratch, const Slice<T>& slice, uint64_t inside, 
     const Words words = counter.words(kTileDraws + uint32_t(block * kLanes + thread_index() % kLanes));
     XDLM_ROLLED for (int i = 0; i < kWords; ++i) {
       if ((inside >> (group + i) & 1) == 0) continue;
-      const uint32_t word = i < 2 ? (i == 0 ? words.word[0] : words.word[1]) : (i == 2 ? words.word[2] : words.word[3]);
       const int tile = slice.tile(group + i);
       float w[kTile], top = -INFINITY;
       slice.logits(tile, w);
@@ -261,9 +260,9 @@ XDLM_DEVICE void race(Scratch& scratch, const Slice<T>& slice, uint64_t inside, 
       if (held == 0) continue;
       weigh(w, top, slice.scale);
       const int64_t place = first_tile + tile;
-      const double key = first_key(w, top, scale, word, uint32_t(place), counter);
+      const double key = first_key(w, top, scale, word_of(words, i), uint32_t(place), counter);
       if (peek(&scratch.best) > packed(key, 0)) continue;
-      all_rings(w, double(top) * scale, key, place, counter, [&](int j, double ring) {
+      all_rings(w, top, scale, key, place, counter, [&](int j, double ring) {
         if (held >> j & 1) atomic_max(&scratch.best, packed(ring, place * kTile + j));
       });
     }

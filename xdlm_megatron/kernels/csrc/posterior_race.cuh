@@ -122,9 +122,14 @@ XDLM_FN int inverse_cdf(const float (&w)[8], const Words& words) {
   return column;
 }
 
-// -log2 of the time of a tile's first ring.
+// The word of a tile's first ring.
+XDLM_FN uint32_t word_of(const Words& words, int i) {
+  return i < 2 ? (i == 0 ? words.word[0] : words.word[1]) : (i == 2 ? words.word[2] : words.word[3]);
+}
+
+// -log2 of the time of a tile's first ring. The same bits in every kernel: no compiler chooses where to round.
 XDLM_FN double first_key(const float (&w)[8], float top, double scale, uint32_t word, uint32_t tile, const Counter& counter) {
-  return double(top) * scale + double(fast_log2(tile_sum(w)) - log2_exponential_of_tile(word, tile, counter));
+  return fma(double(top), scale, double(fast_log2(tile_sum(w)) - log2_exponential_of_tile(word, tile, counter)));
 }
 
 // The shard's row of which a block's `m` speaks.

@@ -70,7 +70,7 @@ XDLM_DEVICE void survey_tile(Table& table, const Ring& ring, const Vector<T>& v,
   if (!(key > -INFINITY)) return;  // NaN, of which the row's largest logit tells
   const int64_t most = packed(key, 0);
   if (table.above[(top_bin >> 4) & (kLevels - 1)] > most || peek(&table.best[slot_of(top_bin)]) > most) return;
-  all_rings(w, double(top) * scale, key, tile, counter, [&](int i, double ring_of_i) {
+  all_rings(w, top, scale, key, tile, counter, [&](int i, double ring_of_i) {
     const int bin = bin_of(place_of(x[i], ring.scale));
     if (x[i] > -INFINITY && ring.has(bin)) atomic_max(&table.best[slot_of(bin)], packed(ring_of_i, tile * kTile + i));
   });
