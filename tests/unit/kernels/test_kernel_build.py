@@ -32,6 +32,7 @@ MOST_REGISTERS = {
     "finish_kernel": 64,
     "posterior_draw_kernel": 80,  # 24 warps, every lane with four vectors on the way
     "posterior_survey_kernel": 128,  # 16 warps
+    "posterior_bin_kernel": 80,
     "posterior_nucleus_kernel": 128,  # the same
 }
 MOST_REGISTERS_SM_80 = {name: 64 for name in MOST_REGISTERS} | {"sums_kernel": 40}
