@@ -56,11 +56,15 @@ def collect_runs(paths: Sequence[str | Path], count: Count, metric: str = HELD_O
             config = load_recipe(folder / RECIPE)
             records = read_metrics(folder / METRICS_FILE)
             point = run_point(str(folder), config, records, count, metric)
-            sweep = sweep_of(folder, config)
         except (ConfigError, ValueError, OSError) as error:
             collection.skipped.append(Skipped(str(folder), " ".join(str(error).split())))
-        else:
-            collection.add(point, str(folder), sweep)
+            continue
+        sweep = None
+        try:
+            sweep = sweep_of(folder, config)
+        except (ValueError, OSError) as error:  # of MLflow's notes: the point is good all the same
+            collection.notes.append(f"{folder}: which MLflow run it is cannot be read ({error})")
+        collection.add(point, str(folder), sweep)
     return collection
 
 

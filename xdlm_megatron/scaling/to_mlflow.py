@@ -10,7 +10,8 @@ from typing import Any
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.tracking.mlflow import default_uri
 from xdlm_megatron.tracking.parent import log_to_parent
-from xdlm_megatron.tracking.shipping import REQUEST_FILE, read_json
+from xdlm_megatron.tracking.shipping import REQUEST_FILE, SHIPPED_FILE, read_json
+from xdlm_megatron.tracking.store import sqlite_path
 from xdlm_megatron.tracking.tracker import one_line
 
 FOLDER = "fit"  # of the parent run's artifacts
@@ -26,16 +27,21 @@ class Sweep:
 
 
 def sweep_of(folder: Path, config: RunConfig) -> Sweep | None:
-    """The sweep of a run folder, in the store that the run is in; None where it has none of them."""
+    """The sweep of a run folder, in the store that the run is in; None where it has none of them.
+
+    Where it went last (by its trainer or tools/sync_mlflow.py) comes before where its trainer was to send it:
+    folders are copied to other machines. Raises ValueError where the note of that is damaged.
+    """
     tracking = config.tracking
     if tracking.parent_run is None:
         return None
-    if (folder / REQUEST_FILE).exists():  # the trainer's, or that of tools/sync_mlflow.py
-        uri = str(read_json(folder / REQUEST_FILE)["uri"])
-    elif tracking.mlflow is None:
+    for note in (SHIPPED_FILE, REQUEST_FILE):
+        if (folder / note).exists():
+            uri = str(read_json(folder / note).get("uri"))
+            return Sweep(uri, tracking.experiment, tracking.parent_run)
+    if tracking.mlflow is None:
         return None
-    else:
-        uri = default_uri(folder) if tracking.mlflow == "local" else tracking.mlflow
+    uri = default_uri(folder) if tracking.mlflow == "local" else tracking.mlflow
     return Sweep(uri, tracking.experiment, tracking.parent_run)
 
 
@@ -45,6 +51,12 @@ def log_fit(sweep: Sweep, tree: Mapping[str, Any], files: Iterable[Path]) -> str
     The step of a metric is the number of points, so that exponents become curves while a sweep fills.
     """
     where = f"run {sweep.parent_run} of experiment {sweep.experiment} in {sweep.uri}"
+    database = sqlite_path(sweep.uri)
+    if database is not None and not database.exists():  # the path is another machine's: nothing is made of it
+        return (
+            f"not in MLflow ({where}): no such file here; send the runs to a store by tools/sync_mlflow.py, "
+            "then fit again"
+        )
     try:
         log_to_parent(
             sweep.uri, sweep.experiment, sweep.parent_run, files, FOLDER, metrics_of(tree), tree["num_points"]

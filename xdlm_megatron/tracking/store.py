@@ -44,7 +44,7 @@ def _find_or_create_experiment(client: Any, uri: str, name: str) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         # An SQLite store's default would be ./mlruns of whoever creates it; keep files beside the database.
-        database = _sqlite_path(uri)
+        database = sqlite_path(uri)
         location = str(database.parent / "mlflow_artifacts") if database else None
         try:
             return str(client.create_experiment(name, artifact_location=location))
@@ -69,7 +69,7 @@ def checked_uri(uri: str) -> str:
     return uri
 
 
-def _sqlite_path(uri: str) -> Path | None:
+def sqlite_path(uri: str) -> Path | None:
     """The database file of an SQLite URI, None for any other URI."""
     return Path(uri.removeprefix("sqlite:///").split("?")[0]) if uri.startswith("sqlite:///") else None
 
@@ -77,7 +77,7 @@ def _sqlite_path(uri: str) -> Path | None:
 @contextmanager
 def _store_lock(uri: str) -> Iterator[None]:
     """One process at a time creates an SQLite store: two migrations at once break each other."""
-    database = _sqlite_path(uri)
+    database = sqlite_path(uri)
     if database is None:
         yield
         return
