@@ -268,6 +268,8 @@ class Evaluation:
     """Held-out sequences (fewer if the set is smaller), always the same with the same noise."""
     num_noise_draws: PositiveInt = 1
     """Noise levels drawn per held-out sequence."""
+    bound: Literal["last", "always"] = "last"
+    """Training evaluations that give the strict bound too, at 2 to 3 times the time: the last, or always."""
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
@@ -381,9 +383,7 @@ Sampler = Annotated[
 
 
 @section(frozen=True, kw_only=True, config=_STRICT)
-class RunConfig:
-    """A whole recipe."""
-
+class RunConfig:  # a whole recipe
     run: Run
     diffusion: Diffusion = field(default_factory=Diffusion)
     model: Model

@@ -131,7 +131,9 @@ def evaluate(
 
 def evaluation_settings(config: RunConfig) -> dict[str, Any]:
     """What of a recipe decides the figures of its held-out text, beside the model; part of every record."""
-    return {"valid_prefix": config.data.valid_prefix, "evaluation": to_tree(config.evaluation)}
+    section = to_tree(config.evaluation)
+    del section["bound"]  # `evaluate` always gives it
+    return {"valid_prefix": config.data.valid_prefix, "evaluation": section}
 
 
 def _scored_ids(evaluator: NelboEvaluator) -> np.ndarray:

@@ -117,6 +117,22 @@ def test_an_evaluated_step_says_its_tokens_and_flops(tiny_recipe: dict, tmp_path
     assert [line["step"] for line in metrics(config) if "eval/valid/perplexity" in line] == [3, 5]
 
 
+@pytest.mark.parametrize(("bound", "steps"), [("last", [3]), ("always", [1, 2, 3])])
+def test_the_strict_bound_of_the_last_evaluation_or_of_all(
+    bound: str, steps: list[int], tiny_recipe: dict, tmp_path: Path
+) -> None:
+    """Whichever: the window is that of the same draws."""
+    evaluation = {"interval": 1, "bound": bound}
+    config = config_for(tiny_recipe, tmp_path, train={"stop_after_step": 3}, evaluation=evaluation)
+    train(config)
+    lines = [line for line in metrics(config) if "eval/valid/nelbo_per_token" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines if "eval/valid/bound/nats_per_token" in line] == steps
+    last = lines[-1]
+    ends = last["eval/valid/bound/nats_per_token"] - 0.999 * last["eval/valid/nelbo_per_token"]
+    assert 0 < ends < 0.1, "prior and reconstruction"
+
+
 def test_evaluation_every_step_changes_no_bit(finished: RunConfig, tiny_recipe: dict, tmp_path: Path) -> None:
     """With dropout: an evaluation must move no generator and leave the weights as they were."""
     often = config_for(tiny_recipe, tmp_path, evaluation={"interval": 1})
