@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,12 @@ TWIN = {
 }
 
 
-@pytest.fixture
-def sweep(tiny_data: dict[str, Any], tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def sweep(tiny_data: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A denoiser and its twin, two checkpoints each."""
+    folder = tmp_path_factory.mktemp("study")
     tree = {
-        "run": {"name": "small", "output_dir": str(tmp_path / "runs")},
+        "run": {"name": "small", "output_dir": str(folder / "runs")},
         "sweep": {
             "sizes": {"w16": SIZE},
             "design": {"kind": "tokens", "numbers": [4 * 4 * 32]},
@@ -51,14 +51,19 @@ def sweep(tiny_data: dict[str, Any], tmp_path: Path) -> Path:
         "evaluation": {"interval": 100, "num_sequences": 8},
         "tracking": {"mlflow": None},
     }
-    write_scorer(tmp_path / "scorer")
-    path = tmp_path / "study.yaml"
+    write_scorer(folder / "scorer")
+    path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def study(sweep: Path, *options: str) -> Path:
-    output = sweep.parent / "out"
+@pytest.fixture(scope="module")
+def page(sweep: Path) -> Path:
+    """The folder of the study's first page."""
+    return study(sweep, sweep.parent / "page", "--steps", "1", "2")
+
+
+def study(sweep: Path, output: Path, *options: str) -> Path:
     judge = ("--scorer", str(sweep.parent / "scorer"), "--scorer-dtype", "bfloat16")
     protocol = ("--dynamics-steps", "2", "--num-samples", "3", "--batch-size", "4", *judge)
     command = ["study", str(sweep), "--output", str(output), "--local", "1", *protocol, *options]
@@ -69,41 +74,6 @@ def study(sweep: Path, *options: str) -> Path:
 def stamps(sweep: Path) -> dict[Path, int]:
     runs = sweep.parent / "runs/small"
     return {path: path.stat().st_mtime_ns for path in runs.glob("*/*/step_*.json")}
-
-
-def test_from_a_sweep_to_a_page(sweep: Path) -> None:
-    output = study(sweep, "--steps", "1", "2")
-    page = (output / "README.md").read_text()
-    for title in ("Likelihood", "Samples", "Reconstruction", "Over training"):
-        assert f"## {title}" in page
-    assert "XDLM k=0.2" in page
-    assert "scorer: scorer in bfloat16" in page
-    assert "| held-out text |" in page
-    assert "autoregressive twin's likeliest next token" in page
-    with (output / "samples.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    made = Counter((row["model"], row["sampler"], row["num_steps"], row["step"]) for row in rows)
-    assert made == {
-        ("XDLM k=0.2", "ancestral", "2", "2"): 1,
-        ("XDLM k=0.2", "confidence", "2", "2"): 1,
-        ("XDLM k=0.2", "ancestral", "1", "4"): 1,
-        ("XDLM k=0.2", "ancestral", "2", "4"): 1,
-        ("XDLM k=0.2", "confidence", "2", "4"): 1,
-        ("autoregressive", "left_to_right", "0", "2"): 1,
-        ("autoregressive", "left_to_right", "0", "4"): 1,
-    }
-    for picture in ("tradeoff", "reconstruction", "dynamics"):
-        assert (output / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
-
-    before, tables = stamps(sweep), {p.name: p.read_bytes() for p in output.glob("*.csv")}
-    shutil.rmtree(output)
-    study(sweep, "--steps", "1", "2")
-    assert stamps(sweep) == before  # nothing twice
-    assert {p.name: p.read_bytes() for p in output.glob("*.csv")} == tables
-    study(sweep, "--steps", "1", "2", "3")
-    assert {path for path, stamp in stamps(sweep).items() if before.get(path) != stamp} == {
-        path for path in stamps(sweep) if "ancestral-3steps" in path.name
-    }
 
 
 @pytest.mark.parametrize(
@@ -118,16 +88,50 @@ def test_from_a_sweep_to_a_page(sweep: Path) -> None:
     ],
 )
 def test_mistakes_are_told_before_anything_trains(
-    arguments: list[str], message: str, sweep: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["study", str(sweep), *arguments]) == 2
+    assert main(["study", str(sweep), f"run.output_dir={tmp_path}/runs", *arguments]) == 2
     assert message in capsys.readouterr().err
-    assert not (sweep.parent / "runs").exists()
+    assert not (tmp_path / "runs").exists()
 
 
-def test_other_settings_are_measured_again(sweep: Path) -> None:
+def test_from_a_sweep_to_a_page(page: Path) -> None:
+    text = (page / "README.md").read_text()
+    for title in ("Likelihood", "Samples", "Reconstruction", "Over training"):
+        assert f"## {title}" in text
+    assert "XDLM k=0.2" in text
+    assert "scorer: scorer in bfloat16" in text
+    assert "| held-out text |" in text
+    assert "autoregressive twin's likeliest next token" in text
+    with (page / "samples.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    made = Counter((row["model"], row["sampler"], row["num_steps"], row["step"]) for row in rows)
+    assert made == {
+        ("XDLM k=0.2", "ancestral", "2", "2"): 1,
+        ("XDLM k=0.2", "confidence", "2", "2"): 1,
+        ("XDLM k=0.2", "ancestral", "1", "4"): 1,
+        ("XDLM k=0.2", "ancestral", "2", "4"): 1,
+        ("XDLM k=0.2", "confidence", "2", "4"): 1,
+        ("autoregressive", "left_to_right", "0", "2"): 1,
+        ("autoregressive", "left_to_right", "0", "4"): 1,
+    }
+    for picture in ("tradeoff", "reconstruction", "dynamics"):
+        assert (page / f"{picture}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_nothing_is_measured_twice(sweep: Path, page: Path, tmp_path: Path) -> None:
+    before = stamps(sweep)
+    study(sweep, tmp_path, "--steps", "1", "2")
+    assert stamps(sweep) == before
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.csv")} == {
+        p.name: p.read_bytes() for p in page.glob("*.csv")
+    }
+
+
+def test_what_a_wider_protocol_lacks_and_what_is_not_the_study_s_is_measured(
+    sweep: Path, page: Path, tmp_path: Path
+) -> None:
     """An evaluation by another recipe, and a torn file, are not the study's."""
-    study(sweep, "--steps", "1")
     before = stamps(sweep)
     run = next((sweep.parent / "runs/small").glob("*-xdlm"))
     with pytest.MonkeyPatch.context() as patch:
@@ -138,13 +142,16 @@ def test_other_settings_are_measured_again(sweep: Path) -> None:
         )
     torn = next(path for path in before if "confidence" in path.name and ".scores" in path.name)
     torn.write_text(torn.read_text()[:100])
-    study(sweep, "--steps", "1")
-    again = {path for path, stamp in stamps(sweep).items() if before[path] != stamp}
-    assert {path.name for path in again} == {
-        "step_00000004-ema.json",
-        torn.name,
-        torn.name.replace(".scores", ""),
+    study(sweep, tmp_path, "--steps", "1", "2", "3")
+    changed = {path for path, stamp in stamps(sweep).items() if before.get(path) != stamp}
+    wider = {path for path in stamps(sweep) if "ancestral-3steps" in path.name}
+    assert wider
+    assert changed - wider == {
+        run / "evaluations/step_00000004-ema.json",
+        torn,
+        torn.with_name(torn.name.replace(".scores", "")),
     }
+    assert wider <= changed
 
 
 def bound(model: str, seed: int, step: int, nats: float) -> BoundRow:
