@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS ?= constraints/cpu.txt
 
-.PHONY: help quickstart ladder test check test-unit test-gpu test-distributed test-slurm study bench bench-gpu gpu-suite ui clean
+.PHONY: help quickstart ladder test check test-unit test-gpu test-distributed test-slurm slurm study bench bench-gpu gpu-suite ui clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -44,13 +44,14 @@ test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
 	$(BIN)/python -m pytest -m distributed tests/distributed/test_layouts.py  # alone: its table is printed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed --ignore tests/distributed/test_layouts.py
 
-test-slurm: $(VENV)/.installed-dev  ## the scripts of slurm/ and sweeps on a real Slurm, which root installs by apt-get
+test-slurm: $(VENV)/.installed-dev slurm  ## the scripts of slurm/ and sweeps on a real Slurm
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm
+
+slurm:  ## Slurm's programs, which root installs by apt-get
 	@missing=; for program in slurmctld slurmd srun munged; do command -v $$program > /dev/null || missing=yes; done; \
 	  if [ "$$missing" = yes ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge > /dev/null; fi || \
 	  echo "apt-get cannot install Slurm, see above" >&2
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable ".[slurm]"
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm
 
 bench: $(VENV)/.installed-dev  ## measure what benchmarks/results/ claims
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/loss_reference.py

@@ -164,9 +164,11 @@ def _die_with_parent() -> None:
 
 
 def _free_port() -> int:
-    """Below the ports that the system hands out by itself, so that no connection of a run takes it."""
-    first = 10_000 + os.getpid() * 7 % 20_000
-    for port in range(first, 32_000):
+    """Below the ports that the system hands out by itself, so that no connection of a run takes it, and
+    below those of slurm/processes.sh.
+    """
+    first = 10_000 + os.getpid() * 7 % 9_000
+    for port in range(first, 20_000):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
