@@ -7,7 +7,7 @@ as nothing does unless the recipe asks for it. Small work is bounded below by th
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from xdlm_megatron.launch.gpus import Gpu
 from xdlm_megatron.launch.layout import Layout, Shape
@@ -67,7 +67,7 @@ class Seconds:
 
     @property
     def total(self) -> float:
-        return float(sum(asdict(self).values()))
+        return float(sum(vars(self).values()))
 
 
 @dataclass(frozen=True)

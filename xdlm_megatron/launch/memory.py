@@ -10,7 +10,7 @@ product of a layer keeps: 1 in FP8. What Transformer Engine keeps is counted fro
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from xdlm_megatron.launch.gpus import GIB
 from xdlm_megatron.launch.layout import FUSED_CHUNK, Layout, Shape
@@ -34,7 +34,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return float(sum(asdict(self).values()))
+        return float(sum(vars(self).values()))
 
 
 def stage_memory(shape: Shape, layout: Layout) -> Memory:
