@@ -115,11 +115,17 @@ def started(
     num_processes: int, verb: str, recipe: Path, arguments: Sequence[str] = (), program: str | Path = MODULE
 ) -> Iterator[Job]:
     """A run in the background; nothing of it is left behind the block."""
+    with _started(num_processes, program, [verb, str(recipe), *arguments]) as job:
+        yield job
+
+
+@contextmanager
+def _started(num_processes: int, program: str | Path, arguments: Sequence[str]) -> Iterator[Job]:
     job = Job(
         {
             "num_processes": num_processes,
             "program": str(program),
-            "arguments": [verb, str(recipe), *arguments],
+            "arguments": arguments,
             "environment": environment(),
             "folder": os.getcwd(),
         }
@@ -141,6 +147,13 @@ def launch(
     """Runs to the end and returns what was printed; fails with it where a process ends otherwise."""
     with started(num_processes, verb, recipe, arguments, program) as job:
         job.assert_ends(status)
+        return job.output()
+
+
+def launch_program(num_processes: int, program: str | Path) -> str:
+    """The same for a program that makes its process group itself, of the environment that torchrun sets."""
+    with _started(num_processes, program, []) as job:
+        job.assert_ends(0)
         return job.output()
 
 

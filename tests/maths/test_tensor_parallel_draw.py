@@ -2,15 +2,15 @@
 gloo, one start of four processes.
 """
 
-import os
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from pydantic import TypeAdapter
 
+from tests.distributed.launch import launch_program
 from xdlm_megatron.config.schema import Sampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
@@ -131,22 +131,31 @@ def samples(rank, tp, group):
     return torch.cat(found)
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def undivided(rank):
+    """What one process draws: each rank does one part of it, and has them all."""
+    parts = [draws, samples]
+    if find_cxx() is not None:
+        parts += [kernel_draws, partial(kernel_draws, twin=True)]
+    mine = parts[rank](0, 1, None) if rank < len(parts) else None
+    everyone = [None] * WORLD
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def main():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
-        want = draws(0, 1, None)
+        want, sampled, drawn, twin = undivided(rank)
         assert len(want) > 1e5
         assert torch.equal(draws(rank % 2, 2, pairs[rank // 2]), want)
         assert torch.equal(draws(rank, 4, dist.group.WORLD), want)
         if find_cxx() is not None:
-            drawn = kernel_draws(0, 1, None)
-            assert torch.equal(kernel_draws(0, 1, None, twin=True), drawn[::3])
+            assert torch.equal(twin, drawn[::3])
             splits = [kernel_draws(rank % 2, 2, pairs[rank // 2]), kernel_draws(rank, 4, dist.group.WORLD)]
             assert torch.equal(splits[0], drawn)
             assert torch.equal(splits[1], drawn)
-        sampled = samples(0, 1, None)
         assert torch.equal(samples(rank % 2, 2, pairs[rank // 2]), sampled)
         assert torch.equal(samples(rank, 4, dist.group.WORLD), sampled)
         with pytest.raises(ValueError, match=r"4 ranks with 9 columns .* pad it to a multiple of 32"):
@@ -158,8 +167,11 @@ def run_rank(rank, folder):
 
 
 @pytest.mark.distributed
-def test_every_split_of_the_vocabulary_draws_the_same_ids(tmp_path, monkeypatch):
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
+def test_every_split_of_the_vocabulary_draws_the_same_ids():
     if find_cxx() is not None:
         load_host()  # builds it once
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
+    launch_program(WORLD, __file__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,10 @@
 """The fused head with its rows split among 2 and 4 ranks: gloo, one start of four processes."""
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.distributed.launch import launch_program
 from tests.unit.diffusion.test_head_nelbo import RATIOS, SHAPES, make_case, unfused, view
 from xdlm_megatron.diffusion.head_nelbo import head_nelbo
 
@@ -40,9 +38,9 @@ def check(tp, rank, group, shape, k, dtype, same_upstream, transposed):
     assert all(torch.equal(other, everyone[0]) for other in everyone), "ranks disagree in the last bits"
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def main():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         for tp, tp_rank, group in ((2, rank % 2, pairs[rank // 2]), (4, rank, dist.group.WORLD)):
@@ -56,6 +54,9 @@ def run_rank(rank, folder):
 
 
 @pytest.mark.distributed
-def test_every_split_of_the_head_gives_the_same_loss_and_gradients(tmp_path, monkeypatch):
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
+def test_every_split_of_the_head_gives_the_same_loss_and_gradients():
+    launch_program(WORLD, __file__)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,13 +2,11 @@
 processes.
 """
 
-import os
-
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
+from tests.distributed.launch import launch_program
 from xdlm_megatron.diffusion.nelbo import finite_step_kl, nelbo_density
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.step_kl import vocab_parallel_step_kl
@@ -87,9 +85,9 @@ def check_step_kl(tp, rank, group, shape, k, dtype):
     assert error < {torch.float64: 1e-9, torch.float32: 1e-3}[dtype], (error, tp, shape, k, dtype)
 
 
-def run_rank(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
+def main():
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     try:
         pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
         groups = {1: (0, None), 2: (rank % 2, pairs[rank // 2]), 4: (rank, dist.group.WORLD)}
@@ -108,6 +106,9 @@ def run_rank(rank, folder):
 
 
 @pytest.mark.distributed
-def test_every_split_of_the_vocabulary_gives_the_same_loss_and_gradient(tmp_path, monkeypatch):
-    monkeypatch.setitem(os.environ, "GLOO_SOCKET_IFNAME", "lo")
-    mp.spawn(run_rank, args=(str(tmp_path),), nprocs=WORLD)
+def test_every_split_of_the_vocabulary_gives_the_same_loss_and_gradient():
+    launch_program(WORLD, __file__)
+
+
+if __name__ == "__main__":
+    main()

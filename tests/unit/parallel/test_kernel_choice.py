@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.unit.parallel.two_processes import run_two
+from tests.distributed.launch import launch_program
 from xdlm_megatron.kernels import dispatch
 from xdlm_megatron.kernels.build import find_cxx
 from xdlm_megatron.kernels.library import load_host
@@ -36,10 +38,10 @@ from xdlm_megatron.kernels.library import load_host
 from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
 from xdlm_megatron.parallel.mesh import open_mesh
 
-has_none = None
+has_none, rank = None, int(os.environ["RANK"])
 
 def load(device):
-    if int(os.environ["RANK"]) == has_none:
+    if rank == has_none:
         raise BuildError("no nvcc")
     return load_host()
 
@@ -48,15 +50,15 @@ with open_mesh() as mesh:
     for has_none in (None, 1, 0):
         for impl in ("auto", "cuda", "reference"):
             try:
-                print(choose_kernels_together(impl, mesh).reason)
+                print(f"{rank}: {choose_kernels_together(impl, mesh).reason}")
             except ValueError as error:
-                print(error)
+                print(f"{rank}: {error}")
 """
 
 
 @needs_cxx
 @pytest.mark.distributed
-def test_two_processes_one_without_a_compiler() -> None:
+def test_two_processes_one_without_a_compiler(tmp_path: Path) -> None:
     load_host()
     kernels, reference = f"CUDA kernels ({load_host().path.name})", "PyTorch (as train.kernels says)"
     want = [kernels, kernels, reference]
@@ -64,5 +66,8 @@ def test_two_processes_one_without_a_compiler() -> None:
         who = f"; process {rank} says so, and all must choose alike"
         refusal = f"train.kernels=cuda cannot be had on cpu: no nvcc; or let train.kernels be auto{who}"
         want += [f"PyTorch (no nvcc){who}", refusal, reference]
-    for said in run_two(PROGRAM):
-        assert [line for line in said.splitlines() if line.startswith(("CUDA", "PyT", "train"))] == want
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    said = launch_program(2, program).splitlines()
+    for rank in (0, 1):
+        assert [line[3:] for line in said if line.startswith(f"{rank}: ")] == want

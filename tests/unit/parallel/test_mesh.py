@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.distributed.launch import launch_program
 from tests.unit.launch.ranks import rank_of
 from tests.unit.model.small import small_config
-from tests.unit.parallel.two_processes import run_two
 from xdlm_megatron.parallel.mesh import open_mesh
 
 
@@ -91,7 +92,7 @@ def test_more_processes_than_gpus_are_refused_by_all(
 
 
 PROGRAM = """
-import json, torch, xdlm_megatron.parallel
+import json, os, torch, xdlm_megatron.parallel
 from tests.unit.launch.ranks import rank_of
 from tests.unit.model.small import small_config
 from xdlm_megatron.parallel.mesh import open_mesh
@@ -108,13 +109,15 @@ for sizes in ((1, 1), (2, 1), (1, 2), (1, 2, 2)):
         ])
         mesh.barrier()
 torch.distributed.destroy_process_group()
-print(json.dumps(seen))
+print(os.environ["RANK"], json.dumps(seen))
 """
 
 
 @pytest.mark.distributed
-def test_two_processes() -> None:
-    first, second = (json.loads(said.splitlines()[-1]) for said in run_two(PROGRAM))
+def test_two_processes(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    first, second = (json.loads(line[2:]) for line in sorted(launch_program(2, program).splitlines()))
     yes, no = [True], [False]
     told = [3.0, True, False]
     assert first[0] == [2, 0, 2, True, True, yes, yes, *told]
