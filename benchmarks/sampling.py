@@ -29,7 +29,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xdlm_megatron.config.load import build_config
-from xdlm_megatron.config.schema import AnySampler, RunConfig, Sampler
+from xdlm_megatron.config.samplers import AnySampler, Sampler
+from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.evaluation.generation import SampleOptions, build_denoiser, generate, observe

@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 
 import xdlm_megatron.parallel  # noqa: F401
 from xdlm_megatron.config.load import load_recipe
-from xdlm_megatron.config.schema import Sampler
+from xdlm_megatron.config.samplers import Sampler
 from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.evaluation.generation import SampleOptions, build_denoiser, generate, observe
 from xdlm_megatron.model.build import build_model

@@ -77,6 +77,7 @@ def test_evaluate_on_one_process_repeats_what_training_saw(trained: tuple[Path, 
     assert record["nelbo_per_token"] == pytest.approx(logged, rel=2e-5)
     for name in ("nats_per_token", "standard_error", "perplexity", "bits_per_byte"):
         bounds = read_series(run / "metrics.jsonl", f"eval/valid/bound/{name}")
+        assert len(bounds) > 1  # of every evaluation
         assert record["bound"][name] == pytest.approx(bounds[-1], rel=2e-5)
     assert record["step"] == 20
     assert 0 < record["standard_error"] < record["nelbo_per_token"]

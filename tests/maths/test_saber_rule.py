@@ -6,7 +6,7 @@ import pytest
 import torch
 from saber_rule import Memory, saber_step
 
-from xdlm_megatron.config.schema import SaberSampler
+from xdlm_megatron.config.samplers import SaberSampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.samplers import sample

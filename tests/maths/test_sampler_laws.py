@@ -14,7 +14,7 @@ import torch
 from oracle import assert_drawn_from
 from saber_rule import Memory, saber_step
 
-from xdlm_megatron.config.schema import (
+from xdlm_megatron.config.samplers import (
     AncestralSampler,
     ConfidenceSampler,
     LeftToRightSampler,

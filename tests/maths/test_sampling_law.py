@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import F64, MASK, V, assert_drawn_from, f64, law_of, noise_name, noises, prior, random_logits
 
-from xdlm_megatron.config.schema import AncestralSampler
+from xdlm_megatron.config.samplers import AncestralSampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.posterior import posterior, token_law

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 
 from tests.distributed.launch import launch_program
-from xdlm_megatron.config.schema import Sampler
+from xdlm_megatron.config.samplers import Sampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.nucleus_draw import draw_tokens

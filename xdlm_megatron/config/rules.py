@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from xdlm_megatron.config.derive import kv_channels, num_query_groups
 from xdlm_megatron.config.gpu_rules import find_gpu_contradictions
-from xdlm_megatron.config.schema import RemdmLoopSampler, RunConfig, WsdLr
+from xdlm_megatron.config.samplers import RemdmLoopSampler
+from xdlm_megatron.config.schema import RunConfig, WsdLr
 
 # Fields of TransformerConfig that a recipe must not set by the back door: another knob owns them, ...
 OWNED_MCORE_FIELDS = {

@@ -9,27 +9,28 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic import Field
 from pydantic.dataclasses import dataclass as section
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
-# Strict: no number from a string or a flag, no whole number from 4.0; a whole number does for a float.
-PositiveInt = Annotated[int, Field(ge=1, strict=True)]
-NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-AtLeastTwo = Annotated[int, Field(ge=2, strict=True)]
-PositiveFloat = Annotated[float, Field(gt=0, strict=True)]
-NonNegativeFloat = Annotated[float, Field(ge=0, strict=True)]
-Fraction = Annotated[float, Field(ge=0, le=1, strict=True)]
-PositiveFraction = Annotated[float, Field(gt=0, le=1, strict=True)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1, strict=True)]
-Probability = Annotated[float, Field(ge=0, lt=1, strict=True)]
-SmallFraction = Annotated[float, Field(gt=0, lt=0.5, strict=True)]
-Seed = Annotated[int, Field(ge=0, lt=2**32, strict=True)]
-Flag = Annotated[bool, Field(strict=True)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+from xdlm_megatron.config.fields import (
+    STRICT,
+    AtLeastTwo,
+    Flag,
+    Fraction,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveFraction,
+    PositiveInt,
+    Probability,
+    Seed,
+    SmallFraction,
+)
+from xdlm_megatron.config.samplers import AncestralSampler, Sampler
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Run:
     name: Name
     """Name of the run; its folder is output_dir/name."""
@@ -39,7 +40,7 @@ class Run:
     """Seed of initialisation, data order, noise and dropout; every random number is a function of it."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Diffusion:
     uniform_ratio: Fraction = 0.1
     """Share of the noise that is uniform over the vocabulary (the paper's k): 0 is MDLM, 1 is UDLM."""
@@ -53,7 +54,7 @@ class Diffusion:
     """Whether a sequence has one t, or each document in it its own (data.packing=documents)."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Model:
     num_layers: PositiveInt
     """Transformer layers."""
@@ -91,7 +92,7 @@ class Model:
     """Further fields passed verbatim to Megatron-Core's TransformerConfig; names are checked there."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Parallel:
     tensor_model_parallel_size: PositiveInt = 1
     """Processes that share each layer's matrices."""
@@ -111,7 +112,7 @@ class Parallel:
     """A collective that waits longer ends the job."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Precision:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Parameters and activations: float32 or bfloat16; master weights and the loss are float32 in both."""
@@ -127,7 +128,7 @@ class Precision:
     """Last layers that stay in bfloat16."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Data:
     train_prefix: str
     """Training set: PREFIX.bin, PREFIX.idx and PREFIX.json as tools/preprocess_data.py writes them."""
@@ -151,7 +152,7 @@ class Data:
     """The embedding is padded to a multiple of this times tensor_model_parallel_size."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Optimizer:
     lr: PositiveFloat
     """Peak learning rate of AdamW."""
@@ -175,7 +176,7 @@ class Optimizer:
     """Decay of the averaged weights, ramped as min(decay, (1+n)/(10+n)); 0 turns them off."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class ConstantLr:
     kind: Literal["constant"]
     """Warm up, then stay at optimizer.lr."""
@@ -183,7 +184,7 @@ class ConstantLr:
     """Steps of linear warm-up from 0."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class CosineLr:
     kind: Literal["cosine"]
     """Warm up, then half a cosine down to min_lr at the last step."""
@@ -193,7 +194,7 @@ class CosineLr:
     """Learning rate at the end."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class WsdLr:
     kind: Literal["wsd"]
     """Warm up, stay, then decay to min_lr over the last decay_steps."""
@@ -210,7 +211,7 @@ class WsdLr:
 LrSchedule = Annotated[ConstantLr | CosineLr | WsdLr, Field(discriminator="kind")]
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Train:
     num_steps: PositiveInt
     """Optimizer steps."""
@@ -238,7 +239,7 @@ class Train:
     """Save and stop cleanly after this step; the schedule still aims at num_steps."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Checkpoint:
     save_interval: PositiveInt = 1000
     """Steps between checkpoints; one more is written at the end and on a signal to stop."""
@@ -250,7 +251,7 @@ class Checkpoint:
     """Checkpoints at multiples of these steps stay for ever; None: none does."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Tracking:
     mlflow: str | None = "local"
     """'local': a SQLite store in run.output_dir; an http(s) URI: a server; null: none (JSON lines only)."""
@@ -260,7 +261,7 @@ class Tracking:
     """Name of the MLflow run that this one is a child of, one for all runs of a sweep; null: of none."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Evaluation:
     interval: PositiveInt = 1000
     """Steps between held-out evaluations; one more is made at the end."""
@@ -268,122 +269,14 @@ class Evaluation:
     """Held-out sequences (fewer if the set is smaller), always the same with the same noise."""
     num_noise_draws: PositiveInt = 1
     """Noise levels drawn per held-out sequence."""
-    bound: Literal["last", "always"] = "last"
-    """Training evaluations that give the strict bound too, at 2 to 3 times the time: the last, or always."""
+    bound: Literal["always", "last"] = "always"
+    """Evaluations in training that give the strict bound too, in 2 to 3 times the time: always, or last."""
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
-class AnySampler:
-    """What every sampler has; each `kind` is described in docs/sampling.md."""
+@section(frozen=True, kw_only=True, config=STRICT)
+class RunConfig:
+    """A whole recipe."""
 
-    temperature: NonNegativeFloat = 1.0
-    """Of the predicted law; 0 takes the likeliest token (LLaDA and Saber are published with 0)."""
-    top_p: PositiveFraction = 1.0
-    """Draw among the most probable tokens whose cumulative probability stays within it; 1: all."""
-    guidance_scale: NonNegativeFloat = 0.0
-    """Classifier-free guidance towards the observed tokens, at twice the network calls; 0: none."""
-    block_size: PositiveInt | None = None
-    """Sample this many positions after the others, from left to right; None: all at once."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class AncestralSampler(AnySampler):
-    kind: Literal["ancestral"] = "ancestral"
-    """The reverse process: draws from p_theta(z_s | z_t)."""
-    num_steps: PositiveInt = 64
-    """Reverse steps (of each block)."""
-    final: Literal["ancestral", "greedy", "none"] = "ancestral"
-    """Removal of the last noise: ancestral (a draw at t = 0), greedy (the likeliest tokens), or none."""
-    t_end: OpenFraction = 1e-5
-    """Time of the last step (the paper's 1e-5)."""
-    temperature: PositiveFloat = 1.0
-    """Of the predicted law, before the posterior is made of it."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class ConfidenceSampler(AnySampler):
-    kind: Literal["confidence"]
-    """LLaDA's low-confidence re-masking: from all masks, the surest tokens first."""
-    num_steps: PositiveInt = 64
-    """Steps (of each block), over which the masks are split evenly."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class RefineSampler(AnySampler):
-    kind: Literal["refine"]
-    """LLaDA-XDLM's: fills masks as `confidence` does, and overwrites tokens with likelier ones."""
-    num_steps: PositiveInt = 64
-    """Steps (of each block), over which the masks are split evenly."""
-    refine_ratio: Probability | None = None
-    """k, for k / (1 - k) refinements a filled mask; None: diffusion.uniform_ratio."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class RemdmSampler(AnySampler):
-    kind: Literal["remdm"]
-    """ReMDM: the reverse process of mask noise, with tokens masked again at random."""
-    num_steps: PositiveInt = 64
-    """Steps (of each block) of t from 1 to 0."""
-    strategy: Literal["cap", "rescale", "conf"] = "cap"
-    """Probability of masking again: cap (at most eta), rescale (eta of the largest), conf (cap, by doubt)."""
-    eta: PositiveFraction = 0.02
-    """See strategy."""
-    remask_below_t: PositiveFraction = 1.0
-    """Mask again from this time on, on the way from 1 to 0 (ReMDM-switch); 1: always."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class RemdmLoopSampler(AnySampler):
-    kind: Literal["remdm_loop"]
-    """ReMDM-loop: fills to a share of tokens, masks and fills again at that share, then fills the rest."""
-    num_steps: PositiveInt = 64
-    """Steps (of each block) of t from 1 to 0."""
-    eta: PositiveFraction = 0.02
-    """Probability of masking a token again in a step of the loop."""
-    t_on: OpenFraction = 0.55
-    """Time at which the loop begins; above t_off."""
-    t_off: OpenFraction = 0.05
-    """Time at which it ends."""
-    alpha_on: OpenFraction = 0.9
-    """Share of tokens that are in sight during the loop."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class SaberSampler(AnySampler):
-    kind: Literal["saber"]
-    """Saber: keeps what is surer than the average so far, takes back what has become doubtful."""
-    variant: Literal["release", "paper"] = "release"
-    """What is taken back: by the rule of the released code (release), or of the text (paper)."""
-    min_tokens: PositiveInt = 2
-    """Tokens that a step keeps at least (n)."""
-    backtrack_every: PositiveInt = 8
-    """Tokens kept for each one that is taken back (mu)."""
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class LeftToRightSampler(AnySampler):
-    kind: Literal["left_to_right"]
-    """One token a step, from left to right: what an autoregressive model needs, and a denoiser may try."""
-
-
-def _kind_or_ancestral(value: Any) -> Any:  # sampling.num_steps=8 alone is a section
-    return value.get("kind", "ancestral") if isinstance(value, dict) else getattr(value, "kind", None)
-
-
-Sampler = Annotated[
-    Annotated[AncestralSampler, Tag("ancestral")]
-    | Annotated[ConfidenceSampler, Tag("confidence")]
-    | Annotated[RefineSampler, Tag("refine")]
-    | Annotated[RemdmSampler, Tag("remdm")]
-    | Annotated[RemdmLoopSampler, Tag("remdm_loop")]
-    | Annotated[SaberSampler, Tag("saber")]
-    | Annotated[LeftToRightSampler, Tag("left_to_right")],
-    Discriminator(_kind_or_ancestral),
-]
-
-
-@section(frozen=True, kw_only=True, config=_STRICT)
-class RunConfig:  # a whole recipe
     run: Run
     diffusion: Diffusion = field(default_factory=Diffusion)
     model: Model

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdlm_megatron.config.schema import AncestralSampler
+from xdlm_megatron.config.samplers import AncestralSampler
 from xdlm_megatron.data.batch import Batch
 from xdlm_megatron.diffusion.nelbo import prior_kl
 from xdlm_megatron.evaluation.nelbo import (

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from xdlm_megatron.config.schema import AnySampler, ConfidenceSampler, LeftToRightSampler, RunConfig
+from xdlm_megatron.config.samplers import AnySampler, ConfidenceSampler, LeftToRightSampler
+from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.data.packing import PADDING
 from xdlm_megatron.data.tokenizer import Tokenizer

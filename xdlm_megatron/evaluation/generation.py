@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xdlm_megatron.config.schema import AnySampler
+from xdlm_megatron.config.samplers import AnySampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.prediction import Denoise, Pick, Prediction
 from xdlm_megatron.diffusion.schedule import Schedule

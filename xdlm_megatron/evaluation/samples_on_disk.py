@@ -11,7 +11,8 @@ from torch import Tensor
 
 from xdlm_megatron.checkpoint.integrity import fingerprint
 from xdlm_megatron.config.load import to_tree
-from xdlm_megatron.config.schema import AnySampler, RunConfig
+from xdlm_megatron.config.samplers import AnySampler
+from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.tokenizer import Tokenizer
 from xdlm_megatron.evaluation.generation import SampleOptions, Samples
 from xdlm_megatron.evaluation.order import kendall_tau, parallelism

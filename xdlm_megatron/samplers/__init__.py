@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xdlm_megatron.config.schema import AnySampler
+from xdlm_megatron.config.samplers import AnySampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.prediction import Denoise

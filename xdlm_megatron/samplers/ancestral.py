@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from xdlm_megatron.config.schema import AncestralSampler
+from xdlm_megatron.config.samplers import AncestralSampler
 from xdlm_megatron.diffusion.posterior_draw import ReverseStep
 from xdlm_megatron.diffusion.prediction import most_probable
 from xdlm_megatron.samplers.chain import Chain

@@ -7,7 +7,7 @@ the steps. A token that is kept stays.
 import torch
 from torch import Tensor
 
-from xdlm_megatron.config.schema import ConfidenceSampler
+from xdlm_megatron.config.samplers import ConfidenceSampler
 from xdlm_megatron.samplers.chain import Chain
 
 

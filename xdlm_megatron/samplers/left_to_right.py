@@ -5,7 +5,7 @@ A row takes as many network calls as it has unknown positions, of whole sequence
 
 import torch
 
-from xdlm_megatron.config.schema import LeftToRightSampler
+from xdlm_megatron.config.samplers import LeftToRightSampler
 from xdlm_megatron.samplers.chain import Chain
 
 

@@ -8,7 +8,7 @@ are visible too, but not free, so that they are neither rewritten nor counted.
 import torch
 from torch import Tensor
 
-from xdlm_megatron.config.schema import RefineSampler
+from xdlm_megatron.config.samplers import RefineSampler
 from xdlm_megatron.samplers.chain import Chain
 from xdlm_megatron.samplers.confidence import even_split, highest
 

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from xdlm_megatron.config.schema import RemdmLoopSampler, RemdmSampler
+from xdlm_megatron.config.samplers import RemdmLoopSampler, RemdmSampler
 from xdlm_megatron.samplers.chain import Chain
 
 

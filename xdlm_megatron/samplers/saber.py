@@ -14,7 +14,7 @@ Both take back less than the step kept, so that a row of n masks is done in n st
 
 import torch
 
-from xdlm_megatron.config.schema import SaberSampler
+from xdlm_megatron.config.samplers import SaberSampler
 from xdlm_megatron.samplers.chain import Chain
 from xdlm_megatron.samplers.confidence import highest
 

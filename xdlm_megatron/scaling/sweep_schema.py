@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field
+from pydantic import AfterValidator, Field
 from pydantic.dataclasses import dataclass as section
 
 from xdlm_megatron.config.derive import Derived
-from xdlm_megatron.config.schema import Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
+from xdlm_megatron.config.fields import STRICT, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from xdlm_megatron.scaling.ladder import BATCH_RULES, LR_RULES
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 Budgets = Annotated[list[PositiveFloat], Field(min_length=1)]
 
 
@@ -26,7 +25,7 @@ def _check_axis(values: Any) -> Any:
 Axis = Annotated[Any, AfterValidator(_check_axis)]
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class IsoFlops:
     kind: Literal["iso_flops"]
     """Every size spends every budget of FLOPs: valleys."""
@@ -43,7 +42,7 @@ class IsoFlops:
         return budget / figures.flops_per_token
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class TokensPerParameter:
     kind: Literal["tokens_per_parameter"]
     """Every size sees so many tokens for each of its parameters."""
@@ -60,7 +59,7 @@ class TokensPerParameter:
         return budget * figures.num_parameters
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Tokens:
     kind: Literal["tokens"]
     """Every size sees every number of tokens: a grid."""
@@ -80,7 +79,7 @@ class Tokens:
 Design = Annotated[IsoFlops | TokensPerParameter | Tokens, Field(discriminator="kind")]
 
 
-@section(frozen=True, kw_only=True, config=_STRICT)
+@section(frozen=True, kw_only=True, config=STRICT)
 class Sweep:
     sizes: dict[str, dict[str, Any]] | list[str]
     """Names of the ladder (scaling/ladder.py), or your own: name -> fields of `model`."""

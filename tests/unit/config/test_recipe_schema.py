@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pytest
 
-from xdlm_megatron.config import schema
+from xdlm_megatron.config import samplers, schema
 from xdlm_megatron.config.derive import derive, model_parallel_size, num_parameters, padded_vocab_size
 from xdlm_megatron.config.load import ConfigError, build_config, dump_recipe, load_recipe
 from xdlm_megatron.config.schema import RunConfig
@@ -34,6 +34,7 @@ NEEDS_SECTIONS = {
     "optimizer_offload_fraction": BF16,
     "autoregressive": {"diffusion": {"uniform_ratio": 0.0}, "sampling": {"kind": "left_to_right"}},
 }
+MODULES = (schema, samplers)
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 FILES = sorted((Path(__file__).parents[3] / "examples").glob("*.yaml"))
 EXAMPLES = [path for path in FILES if "\nsweep:" not in path.read_text()]
@@ -59,9 +60,18 @@ def sections() -> list[Any]:
     """Every section's class, the members of unions too."""
     return [
         c
-        for _, c in inspect.getmembers(schema, inspect.isclass)
-        if dataclasses.is_dataclass(c) and c.__module__ == schema.__name__ and c is not RunConfig
+        for module in MODULES
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if dataclasses.is_dataclass(c) and c.__module__ == module.__name__ and c is not RunConfig
     ]
+
+
+def sources() -> Iterator[tuple[type, ast.ClassDef]]:
+    """Every section's class and its source."""
+    for section in sections():
+        (node,) = ast.parse(inspect.getsource(section)).body
+        assert isinstance(node, ast.ClassDef)
+        yield section, node
 
 
 def without_metadata(hint: Any) -> Any:
@@ -94,11 +104,8 @@ KNOBS = [pytest.param(*k, id=".".join([k[0], *list(k[1].values())[:1], k[2]])) f
 
 
 def test_every_knob_has_a_line_that_says_what_it_is() -> None:
-    tree = ast.parse(inspect.getsource(schema))
     undocumented, count = [], 0
-    for node in tree.body:
-        if not isinstance(node, ast.ClassDef) or node.name == "RunConfig":
-            continue
+    for _, node in sources():
         for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign):
                 count += 1
@@ -112,15 +119,14 @@ def test_every_knob_has_a_line_that_says_what_it_is() -> None:
 
 
 def test_every_choice_is_named_in_its_line() -> None:
-    for node in ast.parse(inspect.getsource(schema)).body:
-        if isinstance(node, ast.ClassDef) and node.name != "RunConfig":
-            hints = typing.get_type_hints(getattr(schema, node.name))
-            for statement, following in zip(node.body, node.body[1:], strict=False):
-                if isinstance(statement, ast.AnnAssign) and statement.target.id != "kind":
-                    hint = hints[statement.target.id]
-                    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-                    missing = [choice for choice in choices if choice not in following.value.value]
-                    assert missing == [], f"{node.name}.{statement.target.id}"
+    for section, node in sources():
+        hints = typing.get_type_hints(section)
+        for statement, following in zip(node.body, node.body[1:], strict=False):
+            if isinstance(statement, ast.AnnAssign) and statement.target.id != "kind":
+                hint = hints[statement.target.id]
+                choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+                missing = [choice for choice in choices if choice not in following.value.value]
+                assert missing == [], f"{node.name}.{statement.target.id}"
 
 
 def test_every_choice_is_built_by_what_reads_it() -> None:

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.unit.model.small import small_config
-from xdlm_megatron.config.schema import AncestralSampler, ConfidenceSampler, Sampler
+from xdlm_megatron.config.samplers import AncestralSampler, ConfidenceSampler, Sampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.evaluation import generation

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from tests.unit.model.small import small_config
 from tests.unit.model.test_objective import noisy_batch
-from xdlm_megatron.config.schema import LeftToRightSampler
+from xdlm_megatron.config.samplers import LeftToRightSampler
 from xdlm_megatron.data.build import build_noise, build_schedule
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.evaluation.generation import SampleOptions, build_denoiser, generate

@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xdlm_megatron.config.schema import AncestralSampler
+from xdlm_megatron.config.samplers import AncestralSampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.samplers import sample

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from xdlm_megatron.config.schema import ConfidenceSampler
+from xdlm_megatron.config.samplers import ConfidenceSampler
 from xdlm_megatron.diffusion.counter_rng import Stream
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.prediction import Logits

@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from xdlm_megatron.config.schema import Sampler
+from xdlm_megatron.config.samplers import Sampler
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.schedule import LogLinear
 from xdlm_megatron.samplers import SAMPLERS, sample
