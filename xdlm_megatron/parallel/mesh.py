@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from xdlm_megatron.config.derive import data_parallel_size
@@ -134,9 +136,9 @@ def open_mesh(
                 "the CPU"
             )
         torch.cuda.set_device(device)
-    started_here = not dist.is_initialized()
+    started_here, alone = not dist.is_initialized(), "RANK" not in os.environ
+    hook = sys.excepthook
     if started_here:
-        alone = "RANK" not in os.environ
         dist.init_process_group(
             "nccl" if cuda else "gloo",
             timeout=datetime.timedelta(minutes=distributed_timeout_minutes),
@@ -162,8 +164,17 @@ def open_mesh(
         )
     finally:
         parallel_state.destroy_model_parallel()
+        _forget_groups()
         if started_here:
             dist.destroy_process_group()
+            if alone:  # torch's, which says the rank, would otherwise wrap itself at each start
+                sys.excepthook = hook
+
+
+def _forget_groups() -> None:
+    """Lets go of groups that megatron-core keeps after destroy_model_parallel; each has threads."""
+    parallel_state._INTRA_PARTIAL_DATA_PARALLEL_GROUP_WITH_CP = None
+    RotaryEmbedding.forward.cache_clear()  # its keys are the embeddings of every model so far
 
 
 def open_mesh_for(parallel: Parallel) -> AbstractContextManager[Mesh]:

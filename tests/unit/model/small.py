@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from megatron.core.distributed import DistributedDataParallel
 
 from xdlm_megatron.config.load import build_config
 from xdlm_megatron.config.schema import RunConfig
+from xdlm_megatron.model.build import forget_training
 from xdlm_megatron.parallel.mesh import Mesh, open_mesh
 
 RECIPE: dict[str, dict[str, Any]] = {
@@ -52,3 +55,5 @@ def mesh() -> Iterator[Mesh]:
     """A world of one process, for one test module."""
     with open_mesh() as opened:
         yield opened
+    chunks = [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
+    forget_training(chunks)  # they would keep the world's threads to the end of the tests

@@ -75,14 +75,14 @@ class Base:
 def test_buffers_of_overlapped_tensor_parallelism(
     fp8: str | None, first: bool, modes: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    config = small_config()
+    transformer = build_transformer_config(config.model, config.parallel, config.precision)
     base = Base()
     module = types.ModuleType("transformer_engine.pytorch.module")
     module.base = base
     for name in ("transformer_engine", "transformer_engine.pytorch"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    config = small_config()
-    transformer = build_transformer_config(config.model, config.parallel, config.precision)
     with tensor_parallel_overlap(transformer, 24, 2):
         assert base.calls == []
     transformer.tp_comm_overlap, transformer.context_parallel_size = True, 3

@@ -22,7 +22,7 @@ from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.preprocess import PreprocessOptions, preprocess
 from xdlm_megatron.evaluation.restore import choose_checkpoint, restore_model
-from xdlm_megatron.model.build import unwrap
+from xdlm_megatron.model.build import forget_training, unwrap
 from xdlm_megatron.parallel.mesh import open_mesh
 from xdlm_megatron.train.run import Saver, build_run, train
 
@@ -58,9 +58,11 @@ def finished(tiny_recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Run
 def test_nothing_outlives_a_run(tiny_recipe: dict, tmp_path: Path, dtype: str) -> None:
     """Neither the network nor the groups, of which each has threads that never sleep long."""
 
-    def alive() -> int:
+    def alive() -> tuple[int, int]:
         gc.collect()
-        return sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+        threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+        networks = sum(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+        return networks, sum("gloo" in name for name in threads)
 
     before = alive()
     train(config_for(tiny_recipe, tmp_path, train={"num_steps": 3}, precision={"dtype": dtype}))
@@ -336,6 +338,7 @@ def test_restored_weights_are_those_of_the_run(finished: RunConfig, use_ema: boo
         assert (found.bound.total.mean == logged) == use_ema
         parts = sum(part.mean for part in found.bound.parts.values())
         assert found.bound.total.mean == pytest.approx(parts, rel=1e-12)
+        forget_training(run.chunks)
 
 
 def test_restoring_another_model_is_refused(finished: RunConfig, tiny_recipe: dict, tmp_path: Path) -> None:
