@@ -41,8 +41,7 @@ test-gpu: $(VENV)/.installed-dev  ## the kernels on this machine's GPU
 	$(BIN)/python -m pytest -m gpu
 
 test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
-	$(BIN)/python -m pytest -m distributed tests/distributed/test_layouts.py  # alone: its table is printed
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed --ignore tests/distributed/test_layouts.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed
 
 test-slurm: $(VENV)/.installed-dev slurm  ## the scripts of slurm/ and sweeps on a real Slurm
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm

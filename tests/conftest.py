@@ -1,4 +1,4 @@
-"""A small real corpus, tokenized once a session: what every test that trains reads."""
+"""A small real corpus, tokenized once a session: what every test that trains reads. The table of layouts."""
 
 from __future__ import annotations
 
@@ -80,3 +80,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 def tiny_recipe(tiny_data: dict[str, object]) -> dict[str, dict]:
     """See `make_tiny_recipe`; copy it before changing it."""
     return make_tiny_recipe(tiny_data)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The table of layouts, of properties of the tests: they come from a worker of xdist too."""
+    done = [report for outcome in ("passed", "failed") for report in terminalreporter.stats.get(outcome, ())]
+    rows = [row for report in done for name, row in report.user_properties if name == "layout"]
+    if rows:
+        from tests.distributed.layouts import Row, table
+
+        terminalreporter.section("layouts against one process, worst relative differences")
+        terminalreporter.write_line(table(Row(**row) for row in rows))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.distributed.conftest import LAYOUT_ROWS
 from tests.distributed.layouts import (
     GRAD_NORM_TOLERANCE,
     LAYOUTS,
@@ -40,12 +41,12 @@ def one(recipe: dict, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_agrees_with_one_process(
-    layout: str, one: Trained, recipe: dict, tmp_path: Path, pytestconfig: pytest.Config
+    layout: str, one: Trained, recipe: dict, tmp_path: Path, record_property: Callable[..., None]
 ) -> None:
     num_processes, overrides = LAYOUTS[layout]
     result = train(tmp_path, recipe, layout, num_processes, overrides)
     row = compare(layout, result, one)
-    pytestconfig.stash.setdefault(LAYOUT_ROWS, []).append(row)
+    record_property("layout", dataclasses.asdict(row))
     assert result.samples == one.samples
     assert row.nelbo <= LOSS_TOLERANCE
     assert row.grad_norm <= GRAD_NORM_TOLERANCE
