@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import lzma
 import signal
 from pathlib import Path
@@ -14,6 +15,11 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 CORPUS = REPOSITORY / "examples/data/shakespeare.jsonl.xz"
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: Megatron collects garbage at every save, and would visit all of it."""
+    gc.freeze()
 
 
 def make_tiny_data(folder: Path) -> dict[str, object]:
