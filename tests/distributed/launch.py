@@ -49,12 +49,13 @@ def environment() -> dict[str, str]:
 class Job:
     """A run that was started: its processes, in the order of their ranks, and what they print."""
 
-    def __init__(self, request: dict[str, Any]) -> None:
-        descriptor, name = tempfile.mkstemp(prefix="job-", suffix=".log", dir=_zygote())
+    def __init__(self, request: dict[str, Any], first: str = "") -> None:
+        zygote = _zygote(first)
+        descriptor, name = tempfile.mkstemp(prefix="job-", suffix=".log", dir=zygote)
         os.close(descriptor)
         self.log = Path(name)
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(str(_zygote() / "socket"))
+        self._connection.connect(str(zygote / "socket"))
         self._connection.sendall(json.dumps(request | {"log": name}).encode() + b"\n")
         self._received = b""
         self.pids: list[int] = self._read("pids", TIMEOUT_SECONDS)
@@ -112,15 +113,25 @@ class Job:
 
 @contextmanager
 def started(
-    num_processes: int, verb: str, recipe: Path, arguments: Sequence[str] = (), program: str | Path = MODULE
+    num_processes: int,
+    verb: str,
+    recipe: Path,
+    arguments: Sequence[str] = (),
+    program: str | Path = MODULE,
+    first: str = "",
 ) -> Iterator[Job]:
-    """A run in the background; nothing of it is left behind the block."""
-    with _started(num_processes, program, [verb, str(recipe), *arguments]) as job:
+    """A run in the background; nothing of it is left behind the block.
+
+    first: a module that every process has imported before Megatron.
+    """
+    with _started(num_processes, program, [verb, str(recipe), *arguments], first) as job:
         yield job
 
 
 @contextmanager
-def _started(num_processes: int, program: str | Path, arguments: Sequence[str]) -> Iterator[Job]:
+def _started(
+    num_processes: int, program: str | Path, arguments: Sequence[str], first: str = ""
+) -> Iterator[Job]:
     job = Job(
         {
             "num_processes": num_processes,
@@ -128,7 +139,8 @@ def _started(num_processes: int, program: str | Path, arguments: Sequence[str]) 
             "arguments": arguments,
             "environment": environment(),
             "folder": os.getcwd(),
-        }
+        },
+        first,
     )
     try:
         yield job
@@ -143,9 +155,10 @@ def launch(
     arguments: Sequence[str] = (),
     program: str | Path = MODULE,
     status: int = 0,
+    first: str = "",
 ) -> str:
     """Runs to the end and returns what was printed; fails with it where a process ends otherwise."""
-    with started(num_processes, verb, recipe, arguments, program) as job:
+    with started(num_processes, verb, recipe, arguments, program, first) as job:
         job.assert_ends(status)
         return job.output()
 
@@ -158,11 +171,11 @@ def launch_program(num_processes: int, program: str | Path) -> str:
 
 
 @functools.cache
-def _zygote() -> Path:
-    """The folder of the zygote that serves this test process, started on first use."""
+def _zygote(first: str) -> Path:
+    """The folder of the zygote that serves this test process, started on first use; one for each `first`."""
     folder = Path(tempfile.mkdtemp(prefix="zygote-"))
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.distributed.zygote", str(folder / "socket")],
+        [sys.executable, "-m", "tests.distributed.zygote", str(folder / "socket"), *filter(None, [first])],
         cwd=REPOSITORY,
         env=environment(),
         stdin=subprocess.PIPE,

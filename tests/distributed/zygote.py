@@ -1,11 +1,12 @@
 """A process that has imported torch and Megatron once and forks the ranks of every run from itself.
 
-    python -m tests.distributed.zygote SOCKET
+    python -m tests.distributed.zygote SOCKET [MODULE]
 
-prints "ready" and serves until its standard input ends. A connection is a run: the client sends one line, a
-JSON object (launch.py makes it); a supervisor, forked for it, answers {"pids": [...]} and, once all ranks
-have ended, {"codes": [...]} (negative: the signal that ended the rank). As under torchrun, each rank has a
-session of its own, and where one ends badly the others get SIGTERM after a moment and SIGKILL after a while.
+imports the module, if one is named, before Megatron; prints "ready" and serves until its standard input ends.
+A connection is a run: the client sends one line, a JSON object (launch.py makes it); a supervisor, forked for
+it, answers {"pids": [...]} and, once all ranks have ended, {"codes": [...]} (negative: the signal that ended
+the rank). As under torchrun, each rank has a session of its own, and where one ends badly the others get
+SIGTERM after a moment and SIGKILL after a while.
 A client that goes away ends its run; a zygote or a supervisor that dies takes its ranks with it.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 import atexit
 import ctypes
 import gc
+import importlib
 import json
 import os
 import runpy
@@ -177,4 +179,6 @@ def _free_port() -> int:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
     serve(sys.argv[1])

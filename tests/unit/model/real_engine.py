@@ -65,12 +65,20 @@ class _EmptyModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def import_engine(folder: str) -> None:
-    """The real Python of Transformer Engine without its libraries, for megatron.core to find."""
+def import_engine(folder: str, kernels: types.ModuleType | None = None) -> None:
+    """The real Python of Transformer Engine without its libraries, for megatron.core to find.
+
+    kernels: what its module defines stands for the same names of the compiled library.
+    """
     os.environ["NVTE_PROJECT_BUILDING"] = "1"  # its own switch: no libraries are loaded
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     sys.path.insert(0, folder)
     sys.meta_path.insert(0, _EmptyModules())
+    import transformer_engine_torch as library
+
+    for name, value in vars(kernels).items() if kernels else ():
+        if getattr(value, "__module__", None) == kernels.__name__:
+            setattr(library, name, value)
     import transformer_engine.common
 
     transformer_engine.common.load_framework_extension = lambda framework: None

@@ -1,7 +1,6 @@
 """Our layers on the real Python of the pinned Transformer Engine: what real_engine.py reports of them.
 
-Its wheel of 1.2 MB is fetched into the virtual environment at the first run. No GPU is asked, so no number
-here is one of its kernels.
+No GPU is asked, so no number here is one of its kernels.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import functools
 import inspect
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,28 +17,12 @@ from typing import Any
 
 import pytest
 
+from tests.unit.model.engine_wheel import REPOSITORY, VERSION, sources
 from xdlm_megatron.config.gpu_rules import FP8_MULTIPLE
 
-REPOSITORY = Path(__file__).parents[3]
 PROGRAM = Path(__file__).with_name("real_engine.py")
-PINS = (REPOSITORY / "constraints/gpu.txt").read_text()
-(VERSION,) = re.findall(r"^transformer-engine==(\S+)$", PINS, flags=re.MULTILINE)
 # Keywords that megatron.core passes to versions long gone, behind a look at the version.
 OF_OLD_VERSIONS = {"ub_split_ag", "ub_atomic_gemm_ag", "ub_split_rs", "ub_atomic_gemm_rs"}
-
-
-@functools.cache
-def sources() -> Path:
-    """The package's Python, without its libraries."""
-    folder = Path(sys.prefix) / "share" / f"transformer_engine-{VERSION}"
-    if not (folder / "transformer_engine").is_dir():
-        fetch = f"{sys.executable} -m pip install --quiet --disable-pip-version-check --no-deps --no-compile"
-        wheel = f"--only-binary=:all: --target {folder} transformer-engine=={VERSION}"
-        done = subprocess.run([*fetch.split(), *wheel.split()], capture_output=True, text=True, timeout=300)
-        if done.returncode and os.environ.get("CI") != "true":
-            pytest.skip(f"Transformer Engine's wheel cannot be fetched: {done.stderr.strip()[-200:]}")
-        assert done.returncode == 0, done.stderr[-2000:]
-    return folder
 
 
 @functools.cache
