@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 from xdlm_megatron.config.derive import run_folder
+from xdlm_megatron.command_line import add_checkpoint_options
 from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.evaluation.problems import question, read_lines
 
@@ -30,8 +31,7 @@ def main() -> int:
     parser.add_argument("--num-samples", type=int, default=1, help="programs for each problem (default 1)")
     parser.add_argument("--max-tokens", type=int, default=256, help="of a program (default 256)")
     parser.add_argument("--seed", type=int, default=1, help="of all draws (default 1)")
-    parser.add_argument("--checkpoint", help="checkpoint folder (default: the run folder's latest)")
-    parser.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
+    add_checkpoint_options(parser)
     options = parser.parse_intermixed_args()
     try:
         complete(options)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xdlm_megatron.config.derive import run_folder
+from xdlm_megatron.command_line import add_checkpoint_options
 from xdlm_megatron.config.load import load_recipe
 
 
@@ -31,8 +32,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, help="documents a task (default: all)")
     parser.add_argument("--num-fewshot", type=int, help="examples in a context (default: the task's)")
     parser.add_argument("--draws", type=int, default=128, help="of noise, for each likelihood (default 128)")
-    parser.add_argument("--checkpoint", help="checkpoint folder (default: the run folder's latest)")
-    parser.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
+    add_checkpoint_options(parser)
     options = parser.parse_intermixed_args()
     try:
         evaluate(options)

@@ -87,8 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("evaluate", "bounds on the held-out likelihood of a trained run")
     sample = verb("sample", "text from a trained run")
     for trained in (evaluate, sample):
-        trained.add_argument("--checkpoint", help="checkpoint folder (default: the run folder's latest)")
-        trained.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
+        add_checkpoint_options(trained)
     _add_evaluate_options(evaluate)
     _add_sample_options(sample)
     _add_convert_options(verb("convert", "weights from or to a Hugging Face folder"))
@@ -97,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_study_options(verb("study", "the models of a sweep trained here, measured and compared"))
     _add_fit(verbs.add_parser("fit", help="scaling laws of finished runs", description=_FIT))
     return parser
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a run; tools/ have them too."""
+    parser.add_argument("--checkpoint", help="checkpoint folder (default: the run folder's latest)")
+    parser.add_argument("--no-ema", action="store_true", help="use the plain weights, not their average")
 
 
 def _add_convert_options(parser: argparse.ArgumentParser) -> None:
