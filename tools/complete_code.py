@@ -15,8 +15,8 @@ import os
 import sys
 from pathlib import Path
 
-from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.command_line import add_checkpoint_options
+from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.evaluation.problems import question, read_lines
 

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.command_line import add_checkpoint_options
+from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.load import load_recipe
 
 
