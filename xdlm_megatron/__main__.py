@@ -10,12 +10,15 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
+from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
 from xdlm_megatron.command_line import parse
 from xdlm_megatron.config.derive import derive, model_parallel_size
 from xdlm_megatron.config.load import dump_recipe, load_recipe
 from xdlm_megatron.config.schema import RunConfig
+
+FULL_DISK = (ENOSPC, EDQUOT, EFBIG)
 
 
 class ExitStatus(IntEnum):
@@ -42,11 +45,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:
+        if error.filename is not None:
+            return _fail(f"{error.filename}: {error.strerror}; correct the path or its permissions")
+        if error.errno not in FULL_DISK:
             raise
-        return _fail(f"{error.filename}: {error.strerror}; correct the path or its permissions")
+        return _fail(f"{error.strerror}: a file could not be written whole; make room, then try again")
     except KeyboardInterrupt:
-        return _fail("interrupted before it could save")
+        return _fail("interrupted before it could save" if options.verb == "train" else "interrupted")
 
 
 def _show_config(options: argparse.Namespace) -> int:

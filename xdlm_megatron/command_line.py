@@ -67,7 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         added = verbs.add_parser(name, help=summary, description=summary)
         added.add_argument("recipe", help="YAML file, or the recipe.yaml of a run folder")
         added.add_argument(
-            "overrides", nargs="*", metavar="section.field=value", help="overrides of the recipe"
+            "overrides",
+            nargs="*",
+            default=[],  # else argparse calls them required
+            metavar="section.field=value",
+            help="overrides of the recipe",
         )
         return added
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import os
 import shutil
@@ -106,7 +107,32 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 def test_verbs(mistake: Mistake, small: Path) -> None:
     assert "VERB" in mistake()
     assert "invalid choice: 'tarin'" in mistake("tarin", small)
-    assert "required: recipe" in mistake("train")
+    assert mistake("train").endswith("required: recipe")
+
+
+def test_a_full_disk_while_a_file_is_written_is_a_line(
+    mistake: Mistake, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dump_recipe(config: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as write() has it: without a file's name
+
+    monkeypatch.setattr("xdlm_megatron.__main__.dump_recipe", dump_recipe)
+    assert mistake("show-config", small).startswith(
+        "No space left on device: a file could not be written whole; "
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"), [("train", "interrupted before it could save"), ("plan", "interrupted")]
+)
+def test_an_interrupt_is_a_line(
+    verb: str, said: str, mistake: Mistake, small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_recipe(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xdlm_megatron.__main__.load_recipe", load_recipe)
+    assert mistake(verb, small) == said
 
 
 @pytest.mark.parametrize(

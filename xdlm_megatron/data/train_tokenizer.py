@@ -13,6 +13,7 @@ from pathlib import Path
 from xdlm_megatron.data.documents import Skip, find_inputs, parse, read_blocks
 from xdlm_megatron.data.errors import DataError
 
+FIXED_IDS = 260
 KINDS = ("unigram", "bpe")
 MAX_LINE = 8192  # characters; longer lines are cut, for SentencePiece would leave them out without a word
 NUM_THREADS = 2  # part of the result for unigram, whose sums depend on it: not a knob
@@ -46,6 +47,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, kind: str = "unig
 
     if kind not in KINDS:
         raise DataError(f"model type {kind!r} must be one of {', '.join(KINDS)}")
+    if vocab_size <= FIXED_IDS:
+        raise DataError(
+            f"vocab_size={vocab_size} must be more than {FIXED_IDS}: <unk>, </s>, <mask>, the newline and "
+            "the 256 bytes take as many"
+        )
     model = io.BytesIO()
     try:
         # From an iterator to a writer: no file names in the model, its bytes depend on the text alone.
@@ -99,4 +105,4 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 def _reason(error: Exception) -> str:
     """SentencePiece's sentence without its file, line and condition."""
     text = " ".join(str(error).split())
-    return text.rsplit("] ", 1)[-1] or text
+    return text.rsplit("] ", 1)[-1].split(" or decrease ")[0] or text  # a knob of its own, which is not ours

@@ -103,29 +103,28 @@ def collect_table(path: str | Path) -> Collection:
     """A CSV file: columns params, tokens (or flops), loss; optional flops, uniform_ratio, run.
 
     FLOPs that are not given are 6 N D, and tokens that are not given FLOPs / 6 N. Raises ValueError where a
-    column is missing.
+    column is missing, or the file is no table.
     """
     path = Path(path)
     collection = Collection()
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file)
-        columns = _find_columns(path, next(reader, []))
-        seen: dict[tuple[str, ...], int] = {}
-        for row in reader:
-            source = f"{path.name}, line {reader.line_num}"
-            cells = tuple(cell.strip() for cell in row)
-            if not any(cells):
-                continue
-            if cells in seen:
-                collection.skipped.append(Skipped(source, f"the same as line {seen[cells]}"))
-                continue
-            seen[cells] = reader.line_num
-            try:
-                point = _table_point(columns, cells, default_run=f"line {reader.line_num}")
-            except ValueError as error:
-                collection.skipped.append(Skipped(source, str(error)))
-            else:
-                collection.add(point, source)
+    header, *rows = _read_csv(path)
+    columns = _find_columns(path, header[1])
+    seen: dict[tuple[str, ...], int] = {}
+    for line, row in rows:
+        source = f"{path.name}, line {line}"
+        cells = tuple(cell.strip() for cell in row)
+        if not any(cells):
+            continue
+        if cells in seen:
+            collection.skipped.append(Skipped(source, f"the same as line {seen[cells]}"))
+            continue
+        seen[cells] = line
+        try:
+            point = _table_point(columns, cells, default_run=f"line {line}")
+        except ValueError as error:
+            collection.skipped.append(Skipped(source, str(error)))
+        else:
+            collection.add(point, source)
     if "flops" not in columns:
         collection.notes.append("no column of FLOPs: C = 6 N D")
     if "tokens" not in columns:
@@ -151,6 +150,18 @@ def collect_mlflow(uri: str, experiment: str, count: Count, metric: str = HELD_O
 def _count_note(count: Count) -> str:
     counted = "all parameters" if count == "total" else "parameters without embedding and head"
     return f"N counts {counted}; C counts full (bidirectional) attention and the head"
+
+
+def _read_csv(path: Path) -> list[tuple[int, list[str]]]:
+    """Line number and cells of each row, the heading first. Raises ValueError where it is no CSV in UTF-8."""
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, strict=True)
+            return [(reader.line_num, row) for row in reader] or [(1, [])]
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8; save the table as CSV in UTF-8") from None
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: {error}; is a quote left open?") from None
 
 
 def _find_columns(path: Path, header: list[str]) -> dict[str, int]:

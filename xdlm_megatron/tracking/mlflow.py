@@ -126,9 +126,8 @@ class MlflowTracker:
             self._process = None
         if not complete:
             lines = pending_lines(self.run_dir)
-            report(
-                f"{lines} lines of metrics.jsonl are not in MLflow yet; {self._by_hand('send them later')}"
-            )
+            what = f"{lines} lines of metrics.jsonl are" if lines else "how the run ended is"
+            report(f"{what} not in MLflow yet; {self._by_hand('complete it')}")
 
     def _save(self) -> None:
         write_json(self.run_dir / REQUEST_FILE, self._request)

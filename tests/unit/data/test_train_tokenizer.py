@@ -34,7 +34,15 @@ def test_long_lines_and_nul_are_learnt_from(tmp_path: Path) -> None:
     assert len(tokenizer.encode("mumbling thunder ")) < 17, "a line that was left out teaches nothing"
 
 
-@pytest.mark.parametrize(("size", "reason"), [(100_000, "too high"), (100, "")])
+@pytest.mark.parametrize("size", [-5, 0, 1, 260])
+def test_vocabulary_without_room_for_a_piece(size: int) -> None:
+    with pytest.raises(
+        DataError, match=rf"^vocab_size={size} must be more than 260: .*the 256 bytes take as many"
+    ):
+        train_sentencepiece(["abc"], size)
+
+
+@pytest.mark.parametrize(("size", "reason"), [(100_000, "too high"), (270, "Increase vocab_size$")])
 def test_vocabulary_that_does_not_fit(texts: list[str], size: int, reason: str) -> None:
     with pytest.raises(DataError, match=rf"^vocab_size={size} does not fit this text: .*{reason}") as caught:
         train_sentencepiece(texts, size)

@@ -139,6 +139,26 @@ def test_a_table_without_its_columns(tmp_path: Path, text: str, message: str) ->
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            "params,tokens,loss\n".encode("utf-16"),
+            "p.csv is not text in UTF-8; save the table as CSV in UTF-8",
+        ),
+        (
+            b'params,tokens,loss\n1,2,"3\n4,5,6\n',
+            "p.csv, line 3: unexpected end of data; is a quote left open?",
+        ),
+    ],
+)
+def test_what_is_no_table(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "p.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"p\.csv") as error:
+        collect_table(tmp_path / "p.csv")
+    assert str(error.value).endswith(message)
+
+
 def test_ratios_are_apart_and_in_order(tmp_path: Path) -> None:
     points = [p for ratio in (1.0, 0.0, 0.1) for p in draw_runs(0, uniform_ratio=ratio)[:2]]
     path = write_table(tmp_path / "p.csv", points, ("params", "tokens", "loss", "uniform_ratio"))
