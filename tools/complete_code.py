@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from xdlm_megatron.command_line import add_checkpoint_options
+from xdlm_megatron.command_line import add_checkpoint_options, hush_libraries
 from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.evaluation.problems import question, read_lines
@@ -33,6 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1, help="of all draws (default 1)")
     add_checkpoint_options(parser)
     options = parser.parse_intermixed_args()
+    hush_libraries()
     try:
         complete(options)
     except (ValueError, OSError) as error:

@@ -6,6 +6,7 @@ A single run is drawn to RUN_DIR/figures/loss.png unless --out says otherwise.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -38,9 +39,12 @@ def main() -> int:
 def parse_reference(text: str) -> tuple[str, float]:
     name, _, value = text.rpartition("=")
     try:
-        return name.strip(), float(value)
+        number = float(value)
     except ValueError:
-        raise ValueError(f"--reference {text!r} is not NAME=VALUE with a number in nats per token") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"--reference {text!r} is not NAME=VALUE with a number in nats per token")
+    return name.strip(), number
 
 
 def default_out(run_dirs: list[Path]) -> Path:

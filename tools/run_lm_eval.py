@@ -11,10 +11,11 @@ are bounds by --draws draws of noise, answers come from the recipe's `sampling`.
 import argparse
 import os
 import sys
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from xdlm_megatron.command_line import add_checkpoint_options
+from xdlm_megatron.command_line import add_checkpoint_options, hush_libraries
 from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.load import load_recipe
 
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--draws", type=int, default=128, help="of noise, for each likelihood (default 128)")
     add_checkpoint_options(parser)
     options = parser.parse_intermixed_args()
+    hush_libraries()
     try:
         evaluate(options)
     except (ValueError, OSError) as error:
@@ -106,7 +108,8 @@ def find_tasks(options: argparse.Namespace) -> tuple[list[str], Any]:
     names = [name for name in options.tasks.split(",") if name]
     unknown = [name for name in names if name not in manager.all_tasks]
     if unknown or not names:
-        some = ", ".join(sorted(manager.all_tasks)[:8])
+        near = get_close_matches(unknown[0], manager.all_tasks) if unknown else []
+        some = ", ".join(near or sorted(manager.all_tasks)[:8])
         raise ValueError(f"--tasks {options.tasks}: no task {', '.join(unknown)}; there are {some} ...")
     return names, manager
 

@@ -7,13 +7,12 @@ import dataclasses
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from errno import EDQUOT, EFBIG, ENOSPC
 from pathlib import Path
 
-from xdlm_megatron.command_line import parse
+from xdlm_megatron.command_line import hush_libraries, parse
 from xdlm_megatron.config.derive import derive, model_parallel_size
 from xdlm_megatron.config.load import dump_recipe, load_recipe
 from xdlm_megatron.config.schema import RunConfig
@@ -33,8 +32,7 @@ class ExitStatus(IntEnum):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a verb; returns the exit status."""
     options = parse(arguments)
-    if not sys.warnoptions:  # these speak to developers of Megatron-Core and torch; -W default shows them
-        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
+    hush_libraries()
     try:
         return VERBS[options.verb](options)
     except ValueError as error:  # ConfigError, DataError, CheckpointError: each names value, rule and cure

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +20,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     (options.runs if options.verb == "fit" else options.overrides).extend(rest)
     return options
+
+
+def hush_libraries() -> None:
+    """Warnings that speak to developers of Megatron-Core and torch are not shown; -W default shows them."""
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", module=r"(megatron\.core|torch\.distributed)\.")
 
 
 def _number(kind: type, rule: str, holds: Callable[[float], bool]) -> Callable[[str], float]:

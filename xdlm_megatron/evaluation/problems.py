@@ -14,7 +14,10 @@ MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif")
 
 
 def read_lines(path: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    """JSON objects, one a line, that have these names; .gz too. Raises ValueError with file and line."""
+    """JSON objects, one a line, that have these names; .gz too.
+
+    Raises ValueError with file and line, or where there is none.
+    """
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
     found = []
     with opened as stream:
@@ -26,8 +29,10 @@ def read_lines(path: Path, names: tuple[str, ...]) -> list[dict[str, Any]]:
                 found.append({**record, **{name: record[name] for name in names}})
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{path}:{number}: a JSON object with {', '.join(names)} ({error!r})"
+                    f"{path}:{number}: must be a JSON object with {', '.join(names)} ({error!r}); correct it"
                 ) from None
+    if not found:
+        raise ValueError(f"{path} is empty; a line must be a JSON object with {', '.join(names)}")
     return found
 
 

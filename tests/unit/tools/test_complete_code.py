@@ -51,6 +51,23 @@ def complete(monkeypatch: pytest.MonkeyPatch, run: Path, *more: str) -> tuple[in
     return complete_code.main(), run / "completions/step_00000001-ema-saber-seed3-easy.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty; a line must be a JSON object with task_id"),
+        (
+            '{"prompt": "def f():"}\n',
+            ":1: must be a JSON object with task_id (KeyError('task_id')); correct it",
+        ),
+    ],
+)
+def test_problems_that_are_none(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"a\.jsonl") as error:
+        read_lines(tmp_path / "a.jsonl", ("task_id",))
+    assert str(error.value).endswith(message)
+
+
 def test_end_to_end(
     run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

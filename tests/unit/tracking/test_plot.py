@@ -100,6 +100,7 @@ def test_tool_draws_png_and_svg(tmp_path):
     [
         (["missing"], "metrics.jsonl is missing"),
         (["run", "--reference", "entropy"], "not NAME=VALUE"),
+        (["run", "--reference", "entropy=nan"], "not NAME=VALUE with a number"),
         (["run", "run"], "need --out"),
     ],
 )
