@@ -109,19 +109,38 @@ def test_small_vocabularies_stay_accurate_where_the_floor_is_large(k):
             torch.testing.assert_close(value.double(), want, rtol=5e-4, atol=1e-4)
 
 
+def nearly_certain(others, x0_logit):
+    """[KINDS, 1003] logits: x0, two others, and next to nothing on the rest."""
+    logits_KV = torch.full((KINDS, 1003), -100.0)
+    logits_KV[:, 1], logits_KV[:, 2] = others
+    logits_KV[:, 0] = x0_logit
+    return logits_KV
+
+
 @pytest.mark.parametrize("k", [0.0, 1e-3, 0.1])
 def test_a_nearly_certain_token_keeps_its_digits(k):
     """1 - p_x = 3e-7 here: taken as 1 minus p_x it would have two digits in float32."""
     noise = StationaryNoise(k, 1003, 1002)
-    logits_KV = torch.full((KINDS, 1003), -100.0)
-    logits_KV[:, 0], logits_KV[:, 1], logits_KV[:, 2] = 30.0, 14.0, 15.0
-    logits, *rest = batch(1003, [0.01, 0.5, 0.9], logits_KV)
-    want, want_grad = loss_and_gradient(vocab_parallel_nelbo, logits.double(), *rest, noise)
-    got, _ = loss_and_gradient(vocab_parallel_nelbo, logits, *rest, noise)
+    logits, *rest = batch(1003, [0.01, 0.5, 0.9], nearly_certain((14.0, 15.0), 30.0))
+    want = vocab_parallel_nelbo(logits.double(), *rest, noise)
+    got = vocab_parallel_nelbo(logits, *rest, noise)
     tolerance = 1e-6 if k == 0 else 5e-3
     masked = rest[0] == 1002
     torch.testing.assert_close(got[masked].double(), want[masked], rtol=tolerance, atol=0)
-    assert torch.isfinite(want_grad).all()
+
+
+@pytest.mark.parametrize("k", [0.0, 1e-3, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("others", [(14.0, 15.0), (-100.0, 15.0), (15.0, -100.0)])
+def test_a_nearly_certain_token_s_gradient_keeps_its_digits(others, k):
+    """It vanishes with 1 - p_x, on x0 as on all others; 1 - p_x goes from 0.1 to 1e-7."""
+    noise = StationaryNoise(k, 1003, 1002)
+    for height in (17.0, 20.0, 22.0, 24.0, 27.0, 29.0, 31.0):
+        logits, *rest = batch(1003, [1e-3, 0.01, 0.5, 0.9, 1 - 1e-3], nearly_certain(others, height))
+        _, want = loss_and_gradient(nelbo_density, logits.double(), *rest, noise)
+        _, got = loss_and_gradient(vocab_parallel_nelbo, logits, *rest, noise)
+        size = want.abs().amax(-1)
+        assert (size[rest[0] == 1002] > 0).all()
+        assert ((got - want).abs().amax(-1) / size.clamp_min(1e-30)).max() < 1e-5
 
 
 def test_scalar_helpers_are_accurate_near_zero():

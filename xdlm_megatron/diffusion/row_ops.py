@@ -5,11 +5,13 @@ finish take numbers per token. With q_e = p_e / c (k = 0: q_e = p_e), a_e = q_e 
 rho = -alpha'/beta, times c / (1 + c) where z_t = x0,
 
     T = sum over e != x of log1p(q_e)                      s = sum over e != x of q_e a_e
-    dL/dl_e = q_e (G + R a_e) + [e = x] X + [e = z] Z
-    X = -rho a_x (1 + [z = x] v / alpha)                   Z = [z noise] rho a_z^2 / alpha
-    R = rho c    G = -R (c s + p_x a_x) - c (X + Z)        (k = 0: R = 0, G = -X = rho [z = mask])
+    dL/dl_x = X                                            dL/dl_e = q_e (G + R a_e) + [e = z] Z, e != x
+    h = a_x (1 - p_x + [z = x] v / alpha)                  Z = [z noise] rho a_z^2 / alpha
+    R = rho c    G = R (h - c s) - c Z                     (k = 0: R = Z = 0, G = rho [z = mask])
+    X = -rho (h (1 - p_x) + p_x c s) - p_x Z               (k = 0: X = -G (1 - p_x))
 
-x0 stays out of every sum, so that 1 - p_x keeps its digits where p_x is near 1.
+Near p_x = 1 the gradient vanishes like 1 - p_x or faster, and keeps its digits: x0 stays out of every sum,
+1 - p_x is the sum of the others, and X, minus the sum of the others' gradients, has parts of one sign.
 
 A token is *live* where it has a loss: dalpha != 0, and z_t is the mask if k = 0. What is not live has loss 0
 and gradient 0 exactly, whatever its logits (NaN, inf), ids and rates are.
@@ -187,17 +189,18 @@ def _grad_terms(
     a_x_N, a_z_N = p_x_N / (p_x_N + c_N), merged.p_z / (merged.p_z + c_N)
     v_N = merged.rest / (p_x_N + c_N)
     rho_N = -tokens.dalpha_N / tokens.beta_N * torch.where(same_N, c_N / (1 + c_N), 1.0)
-    X_N = -rho_N * a_x_N * (1 + torch.where(same_N, v_N / alpha_N, 0.0))
+    h_N = a_x_N * (merged.rest + torch.where(same_N, v_N / alpha_N, 0.0))
     Z_N = torch.where(same_N | noise.is_mask(tokens.zt_N), 0.0, rho_N * a_z_N.square() / alpha_N)
-    R_N, mean_a_N = rho_N * c_N, c_N * s_N + p_x_N * a_x_N
-    return GradTerms(merged.top, merged.scale, R_N, -R_N * mean_a_N - c_N * (X_N + Z_N), X_N, Z_N)
+    R_N, mean_a_N = rho_N * c_N, c_N * s_N
+    X_N = -rho_N * (h_N * merged.rest + p_x_N * mean_a_N) - p_x_N * Z_N
+    return GradTerms(merged.top, merged.scale, R_N, R_N * (h_N - mean_a_N) - c_N * Z_N, X_N, Z_N)
 
 
 def _mask_noise_terms(merged: Merged, tokens: Tokens) -> tuple[Tensor, GradTerms]:
     """Loss and gradient coefficients of masked tokens at k = 0: weighted cross-entropy."""
     weight_N = -tokens.dalpha_N / tokens.beta_N
     nothing_N = torch.zeros_like(weight_N)
-    terms = GradTerms(merged.top, merged.scale, nothing_N, weight_N, -weight_N, nothing_N)
+    terms = GradTerms(merged.top, merged.scale, nothing_N, weight_N, -weight_N * merged.rest, nothing_N)
     return -weight_N * merged.log_px, terms
 
 
@@ -221,7 +224,6 @@ def row_grad(
     terms = GradTerms(*terms_6N)
     index_x_N1, owns_x_N = _local(tokens.x0_N, shard.first_id, logits_NP.shape[1])
     index_z_N1, owns_z_N = _local(tokens.zt_N, shard.first_id, logits_NP.shape[1])
-    X_N1 = torch.where(owns_x_N, terms.X, 0.0)[:, None]
     Z_N1 = torch.where(owns_z_N, terms.Z, 0.0)[:, None]
     for rows, q, slope in _chunks(logits_NP, shard):
         q.sub_(terms.top[rows, None]).exp_()
@@ -232,7 +234,8 @@ def row_grad(
             _ratio(q, out=slope)
             q.mul_(torch.addcmul(terms.G[rows, None], terms.R[rows, None], slope, out=slope))
             q.scatter_add_(1, index_z_N1[rows], Z_N1[rows])
-        q.scatter_add_(1, index_x_N1[rows], X_N1[rows])
+        x0_N1 = torch.where(owns_x_N[rows, None], terms.X[rows, None], q.gather(1, index_x_N1[rows]))
+        q.scatter_(1, index_x_N1[rows], x0_N1)
         out_NP[rows] = q.masked_fill_(dead_N[rows, None], 0.0)
 
 

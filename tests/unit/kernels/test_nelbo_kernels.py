@@ -8,7 +8,7 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.nelbo import nelbo_density
 from xdlm_megatron.diffusion.noise import StationaryNoise
-from xdlm_megatron.diffusion.row_ops import RowOps, Shard, Tokens
+from xdlm_megatron.diffusion.row_ops import REFERENCE, RowOps, Shard, Tokens
 from xdlm_megatron.kernels.library import Library
 from xdlm_megatron.kernels.nelbo import nelbo_row_ops
 
@@ -17,6 +17,7 @@ RATIOS = [0.0, 1e-3, 0.1, 0.5, 1.0]
 BETAS = [1e-3, 0.5, 1 - 1e-3]
 KINDS = 3  # z_t is the mask, x0, another token
 GRAD_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}  # of a row's largest gradient
+RESTS = [1e-1, 1e-3, 1e-5, 1e-7]  # 1 - p_x of nearly certain tokens
 # vocabulary -> columns of all shards together (a multiple of 4), the padding included
 PADDED = {250: 256, 1000: 1004, 32003: 32128, 50304: 50304, 131072: 131072}
 
@@ -45,6 +46,18 @@ def make_case(V: int, k: float, dtype: torch.dtype, betas: list[float] = BETAS, 
     tokens = Tokens(zt, x0, *(rate.float() for rate in (1 - beta, beta, dalpha)))
     upstream = 0.5 + torch.rand(N, generator=generator)
     return logits.to(dtype), tokens, noise, upstream
+
+
+def make_certain_case(V: int, k: float, dtype: torch.dtype) -> tuple:
+    """make_case with every row at every 1 - p_x of RESTS, and an upstream gradient of 1."""
+    logits, tokens, noise, _ = make_case(V, k, torch.float32)
+    rows = torch.arange(len(logits)).repeat_interleave(len(RESTS))
+    logits, tokens = logits[rows], tokens[rows]
+    others = logits.to(F64)
+    others[:, [1, V // 3, *range(V, PADDED[V])]] = -torch.inf
+    rest = torch.tensor(RESTS, dtype=F64).repeat(len(logits) // len(RESTS))
+    logits[:, 1] = others.logsumexp(1) - rest.logit()
+    return logits.to(dtype), tokens, noise, torch.ones(len(logits))
 
 
 def by_brute_force(logits_NP: Tensor, tokens: Tokens, noise: StationaryNoise, upstream_N: Tensor) -> tuple:
@@ -180,3 +193,36 @@ def test_the_largest_vocabulary_split_among_1_2_and_4_ranks(k, ops, library) -> 
             arguments = (logits.clone().to(on), move(tokens, on), noise, upstream.to(on))
             got = (x.cpu() for x in by_row_ops(ops, *arguments, tp))
             check(got, want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", GRAD_TOLERANCE)
+@pytest.mark.parametrize("k", RATIOS)
+def test_a_nearly_certain_token_s_gradient_keeps_its_digits(k, dtype, ops, library) -> None:
+    """It vanishes with 1 - p_x. PyTorch and the kernels; x0 is on one of several ranks or blocks."""
+    logits, tokens, noise, upstream = make_certain_case(1000, k, dtype)
+    want = by_brute_force(logits, tokens, noise, upstream)
+    on = library.device_type
+    arguments = (move(tokens, on), noise, upstream.to(on))
+    got = [
+        by_row_ops(each, logits.clone().to(on), *arguments, tp)
+        for each in (ops, REFERENCE)
+        for tp in (1, 2, 4)
+    ]
+    clusters = (0, 4) if library.ask("xdlm_has_clusters", torch.device(on)) else (0,)
+    got += [by_whole(ops, logits.clone().to(on), *arguments, cluster=cluster) for cluster in clusters]
+    for loss, grad in got:
+        check((loss.cpu(), grad.cpu()), want, tokens, noise, upstream, GRAD_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("k", RATIOS)
+def test_a_certain_token_has_no_gradient(k, ops, library) -> None:
+    """p_x = 1 exactly: nothing is left of the others, in any slice."""
+    _, tokens, noise, upstream = make_case(250, k, torch.float32)
+    on = library.device_type
+    logits = torch.full((len(tokens), PADDED[250]), -torch.inf, device=on)
+    logits[:, 1] = 3.0
+    arguments = (move(tokens, on), noise, upstream.to(on))
+    got = [by_row_ops(each, logits.clone(), *arguments, tp) for each in (ops, REFERENCE) for tp in (1, 4)]
+    for loss, grad in [*got, by_whole(ops, logits.clone(), *arguments)]:
+        assert (loss == 0).all()
+        assert (grad == 0).all()

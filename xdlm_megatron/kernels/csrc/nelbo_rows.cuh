@@ -116,7 +116,7 @@ XDLM_FN void add8(Sums& sums, const float (&q)[8], float scale) {
   }
 }
 
-// What the gradient needs of a token; q (G + R a) + [e = x] X + [e = z] Z.
+// What the gradient needs of a token: X at x0, q (G + R a) + [e = z] Z elsewhere.
 struct Terms {
   float top, scale, R, G, X, Z;
 };
@@ -137,8 +137,8 @@ XDLM_FN void gradient8(float (&q)[8], int j, const Part& part, const Terms& t) {
   const int x0 = part.x0 - j, zt = part.zt - j;
   if (unsigned(x0) < 8u || unsigned(zt) < 8u) {
     XDLM_UNROLL for (int i = 0; i < 8; ++i) {
-      if (i == x0) q[i] += t.X;
       if (i == zt) q[i] += t.Z;
+      if (i == x0) q[i] = t.X;
     }
   }
 }
@@ -200,7 +200,7 @@ XDLM_FN float finish_token(const Token& t, const Merged& m, const float* sums, i
                            Terms& out) {
   const float weight = -t.dalpha / t.beta;
   if (!(t.k > 0.f)) {
-    out = Terms{m.top, m.scale, 0.f, weight, -weight, 0.f};
+    out = Terms{m.top, m.scale, 0.f, weight, -weight * m.rest, 0.f};
     return -weight * m.log_px;
   }
   float T = 0.f, s = 0.f;
@@ -214,12 +214,13 @@ XDLM_FN float finish_token(const Token& t, const Merged& m, const float* sums, i
   const float itakura_saito = same ? x_minus_log1p(v) / t.alpha : masked ? 0.f : log1p_minus_ratio(u) / t.alpha;
   const float rho = weight * (same ? c / (1.f + c) : 1.f);
   const float a_x = p_x / (p_x + c), a_z = m.p_z / (m.p_z + c);
+  const float h = a_x * (same ? m.rest + v / t.alpha : m.rest), mean_a = c * s;
   out.top = m.top;
   out.scale = m.scale;
   out.R = rho * c;
-  out.X = -rho * a_x * (same ? 1.f + v / t.alpha : 1.f);
   out.Z = same || masked ? 0.f : rho * a_z * a_z / t.alpha;
-  out.G = -out.R * (c * s + p_x * a_x) - c * (out.X + out.Z);
+  out.G = out.R * (h - mean_a) - c * out.Z;
+  out.X = -rho * (h * m.rest + p_x * mean_a) - p_x * out.Z;
   return rho * ((kl < 0.f ? 0.f : kl) + itakura_saito);
 }
 
