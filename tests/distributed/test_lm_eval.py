@@ -63,7 +63,7 @@ def test_every_layout_gives_the_same_figures(trained: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "local_chess"], "--tasks local_chess: no task local_chess; there are local_answer"),
+        (["--tasks", "local_chess"], "--tasks local_chess: no task local_chess; there are local_choice"),
         (["--tasks", "local_text", "--draws", "0"], "--draws 0"),
     ],
 )
