@@ -35,13 +35,13 @@ check: $(VENV)/.installed-dev  ## style, types, import contracts, spelling, reci
 	@for sweep in $$(grep -l '^sweep:' examples/*.yaml); do $(BIN)/python -m xdlm_megatron sweep $$sweep --dry-run > /dev/null || exit 1; done
 
 test-unit: $(VENV)/.installed-dev  ## proofs of the maths and unit tests
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed and not slurm"
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not distributed and not slurm"
 
 test-gpu: $(VENV)/.installed-dev  ## the kernels on this machine's GPU
 	$(BIN)/python -m pytest -m gpu
 
 test-distributed: $(VENV)/.installed-dev  ## layouts, kills and resumes on gloo
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m distributed
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m distributed
 
 test-slurm: $(VENV)/.installed-dev slurm  ## the scripts of slurm/ and sweeps on a real Slurm
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm

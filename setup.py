@@ -86,7 +86,7 @@ EXTRAS_REQUIRE = {
     "ui": ["mlflow>=3.17,<4"],
     "dev": [
         "pytest>=8",
-        "pytest-xdist>=3.5",
+        "pytest-xdist>=3.8",
         "lm-eval>=0.4.9",  # what [eval] and [mauve] name, so that their tests run
         "transformers>=4.56",
         "mauve-text>=0.4",

@@ -15,6 +15,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parents[1]
 CORPUS = REPOSITORY / "examples/data/shakespeare.jsonl.xz"
+# Half a minute and more each. Begun last, one of them would leave the other worker of xdist idle.
+LONG_FILES = ("test_gpu_image.py", "test_dockerfile.py", "test_study.py", "test_kernel_sanitizers.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 def pytest_collection_finish() -> None:
