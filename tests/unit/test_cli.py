@@ -451,7 +451,7 @@ def test_a_reader_that_leaves_early_is_no_error(small: Path) -> None:
         stderr=subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         text=True,
-        timeout=60,
+        timeout=120,
     )
     os.close(writer)
     assert done.stderr == ""

@@ -152,7 +152,7 @@ def test_a_stop_ends_the_part_and_says_so(running: ModuleType, tmp_path: Path) -
     with subprocess.Popen([sys.executable, str(driver), str(tmp_path)], env=environment) as process:
         pid = wait_for(tmp_path / "hangs.pid")
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=20) == 128 + signal.SIGTERM
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert not is_alive(pid)
     (record,) = json.loads((tmp_path / "out/report.json").read_text())["parts"]
     assert (record["status"], record["reason"]) == ("interrupted", "the suite was stopped while it ran")
@@ -160,7 +160,7 @@ def test_a_stop_ends_the_part_and_says_so(running: ModuleType, tmp_path: Path) -
 
 
 def wait_for(path: Path) -> int:
-    for _ in range(200):
+    for _ in range(600):
         if path.exists() and (text := path.read_text()):
             return int(text)
         time.sleep(0.1)
@@ -189,7 +189,7 @@ def test_it_fits_into_its_minutes_and_every_script_is_there() -> None:
 
 def test_a_rehearsal_is_one_and_touches_no_results(tmp_path: Path) -> None:
     script = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--device", "cpu"]
-    refused = subprocess.run(script, capture_output=True, text=True, timeout=60, check=False)
+    refused = subprocess.run(script, capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
     assert "go together" in refused.stderr
     command = [*script, "--tiny", "--only", "versions", "--work", str(tmp_path)]

@@ -65,7 +65,7 @@ def start(
         cwd=cwd or play,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 

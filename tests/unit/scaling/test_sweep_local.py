@@ -15,7 +15,7 @@ import pytest
 from tests.unit.scaling.sweep_file import write_sweep
 
 MAIN = Path(__file__).with_name("sweep_main.py")
-SECONDS = 60
+SECONDS = 180
 
 
 def start(path: Path, *options: str) -> subprocess.Popen[str]:

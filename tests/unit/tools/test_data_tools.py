@@ -159,13 +159,13 @@ def test_an_interruption_leaves_nothing(kind: signal.Signals, model: Path, tmp_p
     )
     keep_open = os.open(source, os.O_RDWR)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not list(folder.glob(".data-*")):  # it is at work
             assert time.monotonic() < deadline
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(kind)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=120)
     finally:
         os.close(keep_open)
         process.kill()

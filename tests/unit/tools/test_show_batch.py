@@ -60,7 +60,7 @@ def test_colour_on_a_terminal_alone(recipe: Path, no_color: str) -> None:
         while piece := os.read(main, 4096):
             shown += piece
     os.close(main)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=120) == 0
     assert (b"\x1b[" in shown) == (not no_color)
 
 

@@ -42,7 +42,7 @@ def write_steps(run_dir, steps, scale=1.0):
     tracker.close("FINISHED")
 
 
-def wait_until(condition, seconds=30):
+def wait_until(condition, seconds=120):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -189,7 +189,7 @@ def test_runs_that_create_one_store_at_once(tmp_path, by_hand):
     shippers = [subprocess.Popen([sys.executable, "-c", script, str(path)]) for path in run_dirs]
     wait_until(lambda: all((path / "ready").exists() for path in run_dirs))
     (tmp_path / "go").touch()
-    assert [shipper.wait(30) for shipper in shippers] == [0, 0, 0]
+    assert [shipper.wait(120) for shipper in shippers] == [0, 0, 0]
     for path in run_dirs:
         assert history(path) == [(1, 1.0), (2, 0.5)]
 
@@ -215,16 +215,16 @@ def test_dead_server_neither_stalls_nor_loses(run_dir, store_uri, capfd):
         told.append(capfd.readouterr().err)
         return "MLflow is not reached" in "".join(told)
 
-    begin = time.monotonic()
     tracker = MlflowTracker(run_dir, DEAD_SERVER, "dead", "run", poll_seconds=0.1, close_seconds=2.0)
+    tracker._process.send_signal(signal.SIGSTOP)  # what waits for it now waits for ever
     write_steps(run_dir, range(1, 101))
     for step in range(1, 101):
         tracker.log(step, {"train/nelbo": 1.0})
-    assert time.monotonic() - begin < 1.0
+    tracker._process.send_signal(signal.SIGCONT)
     wait_until(complained)
     begin = time.monotonic()
     tracker.close("FINISHED")
-    assert time.monotonic() - begin < 4.0
+    assert time.monotonic() - begin < 2.0 + 10.0
     told.append(capfd.readouterr().err)
     assert "100 lines of metrics.jsonl are not in MLflow yet; complete it with: python tools/" in told[-1]
     assert "".join(told).count("MLflow is not reached") == 1  # once, however often it was tried
@@ -245,7 +245,7 @@ def test_killed_trainer_leaves_a_complete_run_marked_killed(run_dir, store_uri):
         os.kill(os.getpid(), signal.SIGKILL)
         """
     )
-    subprocess.run([sys.executable, "-c", script, str(run_dir), store_uri], check=False, timeout=30)
+    subprocess.run([sys.executable, "-c", script, str(run_dir), store_uri], check=False, timeout=120)
     shipped = run_dir / SHIPPED_FILE
     wait_until(lambda: shipped.exists() and read_json(shipped)["status"] == "KILLED")
     assert history(run_dir) == [(1, 4.0)]
@@ -276,4 +276,4 @@ def test_importing_the_trackers_imports_neither_mlflow_nor_torch():
         "from xdlm_megatron.tracking import console, jsonl, mlflow, plot, tracker\n"
         "assert not {'mlflow', 'torch', 'matplotlib', 'numpy'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

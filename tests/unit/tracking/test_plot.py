@@ -83,7 +83,7 @@ def test_unknown_extension_is_refused(tmp_path):
 
 def run_tool(*arguments):
     command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
 
 
 def test_tool_draws_png_and_svg(tmp_path):
