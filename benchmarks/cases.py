@@ -30,8 +30,8 @@ def run_case(
     script: str,
     args: argparse.Namespace,
     names: Sequence[str],
-    case: dict,
     measure: Callable[[argparse.Namespace], dict],
+    case: dict,
 ) -> dict:
     """A result row. On a GPU in this process; on a CPU, where memory is the process's, in one of its own.
 
@@ -59,22 +59,35 @@ class Table:
     head: dict
     claims: Callable[[list[dict]], list[dict]] = lambda rows: []
 
-    def fill(self, cases: Sequence[dict], measured: Iterable[dict]) -> list[dict]:
-        """The rows of the cases. measured: yields them one by one, None of one that memory does not hold."""
-        rows: list[dict] = []
+    def fill(
+        self,
+        cases: Sequence[dict],
+        measured: Callable[[Sequence[dict]], Iterable[dict | None]],
+        late: Sequence[str] = (),
+    ) -> list[dict]:
+        """The rows of the cases, written in their order.
+
+        measured: cases -> their rows one by one, None of one that memory does not hold. late: the cases'
+        `impl`s that are measured after all others, in this order: what a time limit may cost.
+        """
+        found: dict[int, dict] = {}
         missing = dict.fromkeys(range(len(cases)), "not reached")
-        text = self._write(rows, cases, missing)
-        for at, row in enumerate(tqdm(measured, total=len(cases), desc=self.name, unit="case")):
+        text = self._write(found, cases, missing)
+        turn = {impl: at for at, impl in enumerate(late)}
+        order = sorted(missing, key=lambda at: turn.get(cases[at]["impl"], -1))
+        rows = measured([cases[at] for at in order])
+        for at, row in zip(order, tqdm(rows, total=len(cases), desc=self.name, unit="case"), strict=True):
             if row is None:
                 missing[at] = "not enough memory"
             else:
                 del missing[at]
-                rows.append(row)
-            text = self._write(rows, cases, missing)
+                found[at] = row
+            text = self._write(found, cases, missing)
         print(text)
-        return rows
+        return [found[at] for at in sorted(found)]
 
-    def _write(self, rows: list[dict], cases: Sequence[dict], missing: dict[int, str]) -> str:
+    def _write(self, found: dict[int, dict], cases: Sequence[dict], missing: dict[int, str]) -> str:
+        rows = [found[at] for at in sorted(found)]
         left = [f"{', '.join(map(str, cases[at].values()))}: {why}." for at, why in missing.items()]
         claims = self.claims(rows)
         lines = [

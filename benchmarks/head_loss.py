@@ -27,6 +27,7 @@ import platform
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -43,6 +44,7 @@ from xdlm_megatron.diffusion.vocab_parallel import vocab_parallel_nelbo
 from xdlm_megatron.kernels.dispatch import choose_kernels
 
 IMPLS = ("eager", "compiled", "liger", "logits", "fused", "summed", "products")
+LATE = ("eager", "liger", "compiled")  # after what targets are of
 NEED_GPU = {"liger": "Triton kernels"}
 NO_XDLM_LOSS = ("liger", "products")
 NOT_COUNTED = ("compiled", "liger")
@@ -170,7 +172,7 @@ def measure_case(args: argparse.Namespace, case: dict) -> dict:
     names = ("device", "tokens", "batch", "repeats", "threads", "hidden", "vocab", "uniform_ratio")
     if case["impl"] == "eager" and args.device == "cpu":
         args = argparse.Namespace(**vars(args) | {"repeats": 1})  # gigabytes and a minute a step
-    return run_case(__file__, args, names, case, measure)
+    return run_case(__file__, args, names, measure, case)
 
 
 def check_losses(rows: list[dict]) -> None:
@@ -215,10 +217,10 @@ def report(args: argparse.Namespace, rows: list[dict], left_out: dict[str, str])
     ]
     for row in rows:
         same = [r for r in rows if r["dtype"] == row["dtype"]]
-        base = same[0]
+        base = next((r for r in same if r["impl"] == args.impls[0]), None)
         floor = next((r["seconds"] for r in same if r["impl"] == "products"), None)
         cells = [row["dtype"], row["impl"], f"{row['seconds']:.2f}", f"{row['peak_mib']:.0f}"]
-        cells += [f"{row[name] / base[name]:.3f}" for name in ("seconds", "peak_mib")]
+        cells += [f"{row[name] / base[name]:.3f}" if base else "" for name in ("seconds", "peak_mib")]
         cells += ["" if floor is None else f"{floor / row['seconds']:.0%}"]
         known = "moved_gb" in row
         cells += [f"{row['moved_gb']:.1f}", f"{row['share_of_copy']:.0%}"] if known else ["", ""]
@@ -260,8 +262,8 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
     args.command = " ".join(["python", "benchmarks/head_loss.py", *sys.argv[1:]])
-    impls, left_out = split_impls(args, NEED_GPU, lambda _: importlib.import_module("liger_kernel"))
-    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in impls]
+    args.impls, left_out = split_impls(args, NEED_GPU, lambda _: importlib.import_module("liger_kernel"))
+    cases = [{"dtype": dtype, "impl": impl} for dtype in args.dtypes for impl in args.impls]
     table = Table(
         args,
         args.name,
@@ -270,11 +272,12 @@ def main() -> None:
         {"uniform_ratio": args.uniform_ratio, "left_out": left_out},
         lambda rows: claims(rows) if is_target(args) else [],
     )
+    one = partial(measure_case, args)
     if args.device == "cuda":
-        table.fill(cases, within_memory(lambda case: measure_case(args, case), cases))
+        table.fill(cases, partial(within_memory, one), LATE)
         return
     with ThreadPoolExecutor(args.jobs) as pool:
-        table.fill(cases, pool.map(lambda case: measure_case(args, case), cases))
+        table.fill(cases, partial(pool.map, one), LATE)
 
 
 if __name__ == "__main__":
