@@ -21,7 +21,7 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.noise import StationaryNoise
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, ROWS, refuse_nan, shard_rows
+from xdlm_megatron.diffusion.shard_rows import LOG2_E, refuse_broken, shard_rows
 from xdlm_megatron.diffusion.survey import SLOTS, End, bins_at, bins_of, find_end, masses_at, places_of
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
@@ -56,20 +56,18 @@ def find_nucleus(
 ) -> Nucleus:
     """The nucleus of the rows index_M of logits_NP, as this rank of the group needs it; top_p in (0, 1).
 
-    Raises ValueError on NaN.
+    Raises ValueError on what is not finite.
     """
-    M, scale = len(index_M), LOG2_E / temperature
-    # torch's exp2 of a CPU rounds the last elements, fewer than 64, in another way: some rows more take them
-    index_M = torch.cat([index_M, index_M[-1:].expand(-M % ROWS)])
+    scale = LOG2_E / temperature
     floor_M = torch.empty(len(index_M), device=logits_NP.device)
     last_M = torch.empty_like(index_M)
     for rows, x_CP in shard_rows(logits_NP, index_M, shard, beside=4 * SLOTS):
         top_C = gather_ranks(x_CP.amax(-1), group).amax(0)
-        refuse_nan(top_C[: M - rows.start])
+        refuse_broken(top_C)
         end, tokens = _find_bin(x_CP, top_C, scale, top_p, shard, group)
         least_C = least_order(*tokens, end, order_bits(shard.noise), group)
         floor_M[rows], last_M[rows] = split_order(least_C, shard.noise)
-    return Nucleus(floor_M[:M], last_M[:M])
+    return Nucleus(floor_M, last_M)
 
 
 def _find_bin(

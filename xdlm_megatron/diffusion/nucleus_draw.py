@@ -41,7 +41,7 @@ def draw_tokens(
     """(key, id, x of z_t) of each row, the same on every rank of the group: float64, int64, float64, [M].
 
     top_p in (0, 1], 1 is all of p. x is -inf where z_t is the mask or outside the nucleus. Raises ValueError
-    on NaN.
+    on what is not finite.
     """
     if top_p == 1:
         return _winners(draw.shard(chosen), group)

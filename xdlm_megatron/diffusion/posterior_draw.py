@@ -87,7 +87,7 @@ class ReverseStep:
         """z_s at the flat positions at_M of zt_BS, which settle() said need logits: int64 [M].
 
         Row index_M[i] of logits_NP, this rank's columns, belongs to at_M[i]. Every rank of the group calls
-        this with the same positions and gets the same ids. Raises ValueError on NaN.
+        this with the same positions and gets the same ids. Raises ValueError on what is not finite.
         """
         shard = tiled_shard(logits_NP.shape[1], self.noise, group)
         z_M, counters = zt_BS.flatten()[at_M], self.counters(at_M, zt_BS.shape[1])

@@ -14,7 +14,6 @@ from xdlm_megatron.diffusion.row_ops import SCRATCH_ELEMENTS, Shard, hide_noise
 from xdlm_megatron.diffusion.vocab_parallel import check_shards, shard_of
 
 TILE = 8
-ROWS = 8  # chunks are of multiples of it, but for the last
 LOG2_E = 1.4426950408889634
 
 
@@ -27,7 +26,7 @@ def shard_rows(
     """
     P = logits_NP.shape[1]
     width = (P + TILE - 1) // TILE * TILE
-    size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // (width + beside) // ROWS) * ROWS
+    size = max(1, SCRATCH_ELEMENTS.get(logits_NP.device.type, 1 << 24) // (width + beside))
     scratch = torch.empty(min(size, len(index_M)), width, device=logits_NP.device)
     for start in range(0, len(index_M), size):
         rows = slice(start, min(start + size, len(index_M)))
@@ -35,6 +34,19 @@ def shard_rows(
         x_CP[:, :P].copy_(logits_NP[index_M[rows]])
         hide_noise(x_CP, shard)
         yield rows, x_CP
+
+
+def exp2_(x: Tensor) -> Tensor:
+    """2^x in place of x, float32 and contiguous, rounded alike wherever in a tensor an element lies.
+
+    On a CPU torch's own takes other instructions for the last elements of each thread's share, some of which
+    then round otherwise: a row's numbers would depend on how many columns a rank has.
+    """
+    if x.device.type != "cpu":
+        return x.exp2_()
+    for part in x.view(-1).split(1 << 16):  # what stays in a core's cache
+        part.copy_(part.double().exp2_())
+    return x
 
 
 def best_shard(logits_NP: Tensor, index_M: Tensor, shard: Shard) -> Tensor:
@@ -51,10 +63,10 @@ def best_shard(logits_NP: Tensor, index_M: Tensor, shard: Shard) -> Tensor:
 
 def winner_of_ranks(shares_RKM: Tensor) -> tuple[Tensor, Tensor]:
     """The ranks' (value, id, ...) -> the largest value and its id, the lowest rank's of equals: float64 and
-    int64 [M]. Raises ValueError on NaN.
+    int64 [M]. Raises ValueError on what is not finite.
     """
     value_M, rank_M = shares_RKM[:, 0].max(0)
-    refuse_nan(value_M)
+    refuse_broken(value_M)
     return value_M, shares_RKM[:, 1].gather(0, rank_M[None])[0].long()
 
 
@@ -72,10 +84,12 @@ def tiled_shard(P: int, noise: StationaryNoise, group: dist.ProcessGroup | None)
     return shard_of(P, noise, group)
 
 
-def refuse_nan(value_M: Tensor) -> None:
-    """Raises ValueError where a row's number is NaN, because one of its logits is."""
-    if count := int(value_M.isnan().sum()):
+def refuse_broken(value_M: Tensor) -> None:
+    """Raises ValueError where a row's largest number is not finite, because one of its logits is none or
+    infinite, or all are -inf.
+    """
+    if count := int((~value_M.isfinite()).sum()):
         raise ValueError(
-            f"the network's output is NaN at {count} of {len(value_M)} positions; "
+            f"the network's output is NaN or infinite at {count} of {len(value_M)} positions; "
             "these weights cannot be sampled from"
         )

@@ -21,12 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xdlm_megatron.diffusion.shard_rows import refuse_nan
+from xdlm_megatron.diffusion.shard_rows import exp2_, refuse_broken
 from xdlm_megatron.diffusion.vocab_parallel import gather_ranks
 
 BINS_A_LEVEL, SLOTS = 16, 512  # 32 levels: what is less than 2^-31 as probable as the first is in no nucleus
 LARGEST = 2.0**17  # of |y|: what is beyond counts as there
-MASS_BITS, ID_BITS, KEY_UNIT, NO_KEY = 15, 20, 2.0**-22, -(1 << 63)
+MASS_BITS, ID_BITS, NO_KEY = 15, 19, -(1 << 63)
 
 
 class BinTokens(NamedTuple):
@@ -67,9 +67,14 @@ class Survey:
 
 
 def unpack(best_M: Tensor) -> tuple[Tensor, Tensor]:
-    """(key, id) of one number: the larger key is the larger number, and of equal keys the lower id."""
+    """(key, id) of one number: the larger key is the larger number, and of equal keys the lower id.
+
+    The key's are the first 45 bits of a float64.
+    """
     largest_id = (1 << ID_BITS) - 1
-    return (best_M >> ID_BITS).double() * KEY_UNIT, largest_id - (best_M & largest_id)
+    ordered_M = best_M & ~largest_id
+    bits_M = ordered_M ^ ((ordered_M >> 63) & ((1 << 63) - 1))
+    return bits_M.view(torch.float64), largest_id - (best_M & largest_id)
 
 
 def places_of(logits: Tensor, scale: float) -> Tensor:
@@ -90,7 +95,7 @@ def bins_of(logits: Tensor, scale: float) -> Tensor:
 def masses_at(y: Tensor, bins: Tensor) -> Tensor:
     """2^(y - level) in units of 2^-15, as bins_at gives the bins: integers as float32."""
     level = (bins / BINS_A_LEVEL).floor_()
-    return torch.sub(y, level, out=level).exp2_().mul_(2.0**MASS_BITS).round_()
+    return exp2_(torch.sub(y, level, out=level)).mul_(2.0**MASS_BITS).round_()
 
 
 def downwards_from(bin_M: Tensor) -> Tensor:
@@ -144,9 +149,9 @@ def find_end(mass_MD: Tensor, top_bin_M: Tensor, top_p: float) -> End:
 
 
 def settle(survey: Survey, scale: float, top_p: float, group: dist.ProcessGroup | None) -> Settled:
-    """Three messages: 8 bytes a row, 4 KiB, 16 bytes. Raises ValueError on NaN."""
+    """Three messages: 8 bytes a row, 4 KiB, 16 bytes. Raises ValueError on what is not finite."""
     top_M, zt_M = gather_ranks(torch.stack([survey.top_M, survey.zt_M]), group).amax(0)
-    refuse_nan(top_M)
+    refuse_broken(top_M)
     top_bin_M, zt_bin_M = bins_of(top_M, scale), bins_of(zt_M, scale)
     mass_MD, best_MD = survey.downwards(top_bin_M, bins_of(survey.top_M, scale))
     if group is not None:

@@ -19,8 +19,8 @@ from xdlm_megatron.diffusion.nucleus_draw import draw_tokens
 from xdlm_megatron.diffusion.row_ops import Shard
 from xdlm_megatron.diffusion.shard_rows import (
     LOG2_E,
-    ROWS,
     best_shard,
+    exp2_,
     shard_rows,
     tiled_shard,
     winner_of_ranks,
@@ -56,7 +56,7 @@ class TokenDraw:
     def __call__(
         self, at_M: Tensor, logits_NP: Tensor, index_M: Tensor, group: dist.ProcessGroup | None
     ) -> Tensor:
-        """Raises ValueError on NaN."""
+        """Raises ValueError on what is not finite."""
         shard = tiled_shard(logits_NP.shape[1], self.noise, group)
         rows = (logits_NP, index_M)
         z_M = self.z_BS.flatten()[at_M]
@@ -79,18 +79,14 @@ def logits_of(logits_NP: Tensor, index_M: Tensor, ids_M: Tensor, shard: Shard) -
 
 def _shares(x: Tensor, top: Tensor) -> Tensor:
     """float32: probabilities in units of 2^-40 of the likeliest token's, from logits."""
-    return x.float().sub_(top.float()).mul_(LOG2_E).exp2_().mul_(2.0**UNIT_BITS)
+    return exp2_(x.float().sub_(top.float()).mul_(LOG2_E)).mul_(2.0**UNIT_BITS)
 
 
 def _mass(
     logits_NP: Tensor, index_M: Tensor, top_M: Tensor, shard: Shard, group: dist.ProcessGroup | None
 ) -> Tensor:
     """The sum of all ranks' shares, int64 [M]; top_M: the rows' largest logits."""
-    M = len(index_M)
-    # torch's exp2 of a CPU rounds the last elements, fewer than 64, in another way: some rows more take them
-    index_M = torch.cat([index_M, index_M[-1:].expand(-M % ROWS)])
-    top_M = torch.cat([top_M, top_M[-1:].expand(-M % ROWS)])
     mass_M = torch.empty_like(index_M)
     for rows, x_CP in shard_rows(logits_NP, index_M, shard):
         mass_M[rows] = _shares(x_CP, top_M[rows, None]).long().sum(-1)
-    return gather_ranks(mass_M[:M], group).sum(0)
+    return gather_ranks(mass_M, group).sum(0)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from xdlm_megatron.diffusion.counter_rng import Key, Word, philox, unit_interval
 from xdlm_megatron.diffusion.row_ops import Shard
-from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE, shard_rows
+from xdlm_megatron.diffusion.shard_rows import LOG2_E, TILE, exp2_, shard_rows
 from xdlm_megatron.diffusion.survey import Survey
 
 LANES = 32  # a counter's four words go to four tiles, this many apart: a warp reads tiles side by side
@@ -123,7 +123,7 @@ def first_rings(
     """
     x_CT8 = x_CP.view(len(x_CP), -1, TILE)
     top_CT = x_CT8.amax(-1)
-    weight_CT8 = x_CT8.sub_(top_CT.clamp_min(torch.finfo(top_CT.dtype).min)[..., None]).mul_(scale).exp2_()
+    weight_CT8 = exp2_(x_CT8.sub_(top_CT.clamp_min(torch.finfo(top_CT.dtype).min)[..., None]).mul_(scale))
     top_CT = top_CT.double() * scale
     exponential_CT = tile_exponentials(counters, shard.first_id // TILE, top_CT.shape[1])
     return top_CT + _tile_sums(weight_CT8).double().log2_() - exponential_CT.log2_(), weight_CT8, top_CT

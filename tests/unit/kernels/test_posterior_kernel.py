@@ -247,6 +247,51 @@ def test_nan_and_nothing(draw: Draw, library: Library) -> None:
     assert draw.shard(none).shape == draw.nucleus(none, 0.9).shape == (3, 0)
 
 
+WAYS = {
+    "twin": lambda draw: REFERENCE_DRAW,
+    "nucleus": lambda draw: draw,
+    "survey": lambda draw: draw._replace(nucleus=lambda rows, top_p: None),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_no_way_draws_from_what_is_not_finite(draw: Draw, library: Library, way: str, top_p: float) -> None:
+    logits, index, z, counters, noise = make_case(250, 4, torch.float32, library.device_type)
+    for bad in (torch.nan, torch.inf):
+        for column in (0, 77, 249):
+            logits[1, column] = bad
+            logits[3] = -torch.inf
+            chosen = ChosenRows(logits, index, z, counters, Shard(noise))
+            with pytest.raises(ValueError, match="NaN or infinite at 2 of 4 positions"):
+                draw_tokens(WAYS[way](draw), chosen, top_p, None)
+            logits[1, column] = 0.0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_next_to_no_temperature_takes_the_likeliest(draw: Draw, library: Library, way: str) -> None:
+    """Keys of 10^6 and far more: no bound cuts them, though few bits behind the point are left."""
+    logits, index, z, counters, noise = make_case(250, 12, torch.float32, library.device_type)
+    hidden = logits.clone()
+    hidden[:, 250:] = hidden[:, noise.mask_id] = -torch.inf
+    for temperature in (1e-5, 3e-6, 1e-12):
+        chosen = ChosenRows(logits, index, z, counters, Shard(noise), temperature)
+        _, ids, _ = draw_tokens(WAYS[way](draw), chosen, 0.9, None)
+        assert torch.equal(ids, hidden.argmax(-1))
+
+
+def test_who_serves_depends_on_the_vocabulary_alone(draw: Draw, library: Library) -> None:
+    """Not on how many columns of it a rank has, or other ids would come of another number of ranks."""
+    index, logits = (torch.zeros(n, dtype=torch.int64, device=library.device_type) for n in (1, 600_000))
+    logits = logits.bfloat16()[None]
+    for V, serves in ((524_224, True), (524_225, False), (600_000, False)):
+        noise = StationaryNoise(0.3, V, 0)
+        for first, last in ((0, V), (0, 300_000), (300_000, V)):
+            rows = (logits[:, first:last], index, index, Counters(KEY, 5, index, index), Shard(noise, first))
+            assert (draw.survey(ChosenRows(*rows)) is not None) == serves
+            assert serves or draw.nucleus(ChosenRows(*rows), 0.9) is None
+
+
 NARROW = {"top_p": 0.8, "temperature": 1.5}
 
 

@@ -78,12 +78,12 @@ XDLM_API int xdlm_posterior_survey(const XdlmDraw*, float* logits_2M, int64_t* m
 // logits, masses and keys with ids. Room that is left has mass 0.
 XDLM_API int xdlm_posterior_bin(const XdlmDraw*, const int64_t* bin_M, const int64_t* end_M, float* logits_E,
                                 int64_t* mass_E, int64_t* best_E, void* stream);
-// Whether they can: the vocabulary has up to 2^20 ids, the shard less than 2^19 columns.
+// Whether they can, on any number of ranks: the vocabulary has at most 524,224 ids.
 XDLM_API int64_t xdlm_survey_fits(const XdlmDraw*);
 
 // The draw from the first top_p of p, of rows of the whole vocabulary; x is -inf where z_t is outside. A cluster of blocks
 // keeps the row in its shared memory. cluster: 0 for xdlm_nucleus_cluster's.
 XDLM_API int xdlm_posterior_nucleus(const XdlmDraw*, double top_p, double* draw_3M, int64_t cluster, void* stream);
 // Blocks a row needs on the current device: 1, 2, 4 or 8 (without clusters 1); 0 if it does not fit, is a part of the
-// vocabulary, or has more than 2^20 ids.
+// vocabulary, or has more ids than a survey can take.
 XDLM_API int64_t xdlm_nucleus_cluster(const XdlmDraw*);

@@ -63,6 +63,16 @@ XDLM_FN uint32_t bits_of(float f) {
   return bits;
 #endif
 }
+XDLM_FN int64_t bits_of(double d) {
+  int64_t bits;
+  memcpy(&bits, &d, 8);
+  return bits;
+}
+XDLM_FN double double_of(int64_t bits) {
+  double d;
+  memcpy(&d, &bits, 8);
+  return d;
+}
 template <class T> XDLM_FN T from_float(float f);
 template <> XDLM_FN float from_float<float>(float f) { return f; }
 template <> XDLM_FN bf16 from_float<bf16>(float f) {  // rounds to nearest, ties to even

@@ -7,8 +7,9 @@ namespace xdlm {
 
 constexpr int kBinsALevel = 16, kSlots = 512;
 constexpr int kCopies = 8;  // of the masses: the threads of a warp often add to the same slot
-constexpr int kLargest = 1 << 17, kMassBits = 15, kIdBits = 20;
-constexpr double kKeyUnits = 4194304.0, kLargestKey = 1048576.0;
+constexpr int kLargest = 1 << 17, kMassBits = 15, kIdBits = 19;
+// Of this vocabulary all may fall into one slot: an eighth of them, 2^16 each, in the 32 bits of a copy.
+constexpr int64_t kMostIds = (int64_t(1) << 19) - 64, kIdMask = (int64_t(1) << kIdBits) - 1;
 constexpr int64_t kNoKey = INT64_MIN;
 
 // Adding 1.5 * 2^23 rounds a float below 2^22 to an integer, which the lowest bits then hold.
@@ -23,11 +24,11 @@ XDLM_FN uint32_t mass_of(float y) {
   const float level = rounded(bin * (1.f / kBinsALevel) - 15.f / 32.f);  // floor(bin / 16)
   return uint32_t(integer_of(32768.f * fast_exp2(y - level)));
 }
-// A key, to 2^-22, and an id as one number, as diffusion/survey.py unpacks it.
-XDLM_FN int64_t packed(double key, int64_t id) {
-  const double within = fmin(fmax(key, -kLargestKey), kLargestKey);
-  return int64_t(rint(within * kKeyUnits)) * (int64_t(1) << kIdBits) + ((int64_t(1) << kIdBits) - 1 - id);
-}
+// The first bits of a key and an id as one number, as diffusion/survey.py unpacks it. `ordered` is its own inverse.
+XDLM_FN int64_t ordered(int64_t bits) { return bits ^ (bits >> 63 & INT64_MAX); }
+XDLM_FN int64_t packed(double key, int64_t id) { return (ordered(bits_of(key)) | kIdMask) - id; }
+XDLM_FN double key_of(int64_t best) { return double_of(ordered(best & ~kIdMask)); }
+XDLM_FN int64_t id_of(int64_t best) { return kIdMask - (best & kIdMask); }
 
 struct LargestLogit {
   XDLM_DEVICE float operator()(float a, float b) const { return max_or_nan(a, b); }

@@ -311,8 +311,8 @@ XDLM_KERNEL(kDrawThreads, kNucleusBlocks) posterior_nucleus_kernel(XdlmDraw draw
   if (!leads) return;
   int64_t best = scratch.winners[0];
   for (int i = 1; i < cluster; ++i) best = larger(best, scratch.winners[i]);
-  out[m] = double(best >> kIdBits) / kKeyUnits;
-  out[M + m] = double((int64_t(1) << kIdBits) - 1 - (best & ((int64_t(1) << kIdBits) - 1)));
+  out[m] = key_of(best);
+  out[M + m] = double(id_of(best));
 }
 
 // Columns of a block, in whole turns of a warp.
@@ -334,7 +334,7 @@ bool fits(const XdlmDraw& draw, int64_t cluster, int64_t most_bytes) {
 using namespace xdlm;
 
 int64_t xdlm_nucleus_cluster(const XdlmDraw* draw) {
-  if (draw->first_id != 0 || draw->columns < draw->vocab_size || draw->vocab_size > int64_t(1) << kIdBits) return 0;
+  if (draw->first_id != 0 || draw->columns < draw->vocab_size || draw->vocab_size > kMostIds) return 0;
   const int64_t largest = xdlm_has_clusters() ? kMostBlocks : 1;
   for (int64_t cluster = 1; cluster <= largest; cluster *= 2)
     if (fits(*draw, cluster, kSliceBytes)) return cluster;

@@ -136,8 +136,7 @@ XDLM_KERNEL(kDrawThreads, kSurveyBlocks) posterior_survey_kernel(XdlmDraw draw, 
 using namespace xdlm;
 
 int64_t xdlm_survey_fits(const XdlmDraw* draw) {
-  // of the sums of masses in 32 bits, and of an id
-  return draw->columns < int64_t(1) << 19 && draw->vocab_size <= int64_t(1) << kIdBits;
+  return draw->vocab_size <= kMostIds;
 }
 
 int xdlm_posterior_survey(const XdlmDraw* draw, float* logits_2M, int64_t* mass_MS, int64_t* best_MS, void* stream) {
