@@ -75,12 +75,23 @@ def draws(rank, tp, group):
     return torch.cat(found)
 
 
+def odd_rows(logits):
+    """Both zeros, numbers below the normal ones, equals everywhere, a dead shard, one token, 512 bins."""
+    column, x = torch.arange(logits.shape[1]), logits[:4].clone()
+    x[0] = torch.where(column % 2 == 0, 0.0, -0.0)
+    x[1] *= 1e-39
+    x[2, : len(column) // 4] = -torch.inf
+    x[3, column != 100] = -torch.inf
+    return torch.cat([x, -0.17 * column[None], logits[4:8].round()]).to(logits)
+
+
 def kernel_draws(rank, tp, group, twin=False):
     """Ids, keys and x of z_t by the kernels on the host: of all of p, and of nuclei, by surveys if tp > 1,
     which leave some of these coarse rows open.
     """
     draw = REFERENCE_DRAW if twin else posterior_draw(load_host())
     logits, zt, noise = case(*SHAPES[0], torch.bfloat16, distinct=40)
+    logits = torch.cat([logits, odd_rows(logits)])
     P = logits.shape[1] // tp
     rows = torch.arange(len(logits))
     counters = Counters((5, Stream.SAMPLE_STEP), 2, rows, rows)

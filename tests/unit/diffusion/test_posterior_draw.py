@@ -127,9 +127,7 @@ def test_what_is_not_finite_is_an_error_not_a_text(top_p, logit):
     logits = torch.zeros(2, 3, V)
     logits[0, 1] = -torch.inf
     logits[1, 2, 4] = logit
-    with pytest.raises(
-        ValueError, match=r"output is NaN or infinite at 2 of 6 positions; "
-    ):
+    with pytest.raises(ValueError, match=r"output is NaN or infinite at 2 of 6 positions; "):
         Logits(logits).replace(zt, torch.ones_like(zt, dtype=torch.bool), pick)
 
 
