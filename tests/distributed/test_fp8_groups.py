@@ -1,8 +1,8 @@
-"""FP8 with delayed scaling, trained by the real Python of Transformer Engine over real groups of processes.
+"""FP8 trained by the real Python of Transformer Engine over real groups of processes.
 
-Every tensor's largest value is the maximum over the group that Megatron-Core gives, in every layout the one
-that a single process finds, and the scale that follows is the same on all of the group. Kernels are torch's,
-rounded to FP8 (engine_on_cpu.py): no GPU.
+With delayed scaling every tensor's largest value is the maximum over the group that Megatron-Core gives, in
+every layout the one that a single process finds, and the scale that follows is the same on all of the group.
+Kernels are torch's, rounded to FP8 (engine_on_cpu.py): no GPU.
 """
 
 from __future__ import annotations
@@ -93,6 +93,28 @@ def test_a_group_shares_its_largest_values(
         for direction in LARGEST:
             seen = largest_of_first_step([trained.reductions[group[0]] for group in groups], direction)
             assert seen == pytest.approx(largest_of_first_step(alone.reductions, direction), rel=0.05)
+
+
+def test_scales_survive_a_resume_and_do_not_hear_evaluations(
+    recipe: dict[str, dict], alone: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated = ["evaluation.interval=1"]
+    stopped = train(tmp_path, recipe, [*evaluated, "train.stop_after_step=2"], 1, monkeypatch)
+    resumed = train(tmp_path, recipe, [*evaluated, "--resume"], 1, monkeypatch)
+    assert resumed.nelbo == alone.nelbo  # all of its steps: the same bits
+    assert stopped.reductions[0] + resumed.reductions[0] == alone.reductions[0]
+
+
+def test_current_scaling_has_the_same_bits_on_replicas_that_gather_weights_in_fp8(
+    recipe: dict[str, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current, gather = "precision.fp8_recipe=tensorwise", "precision.fp8_param_gather=true"
+    losses = {}
+    for name, overrides, size in (("one", [], 1), ("dp2", [gather], 2), ("tp2-sp", [TP2, SP], 2)):
+        (tmp_path / name).mkdir()
+        losses[name] = train(tmp_path / name, recipe, [current, *overrides], size, monkeypatch).nelbo
+    assert losses["dp2"] == losses["one"]
+    assert losses["tp2-sp"] == pytest.approx(losses["one"], rel=1e-3)
 
 
 def check_group(group: list[int], trained: Trained, history: int) -> None:

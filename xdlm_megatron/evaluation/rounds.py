@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from xdlm_megatron.data.sampler import micro_batch_slots
+from xdlm_megatron.parallel.fp8_scales import scales_kept
 from xdlm_megatron.parallel.mesh import Mesh
 from xdlm_megatron.parallel.schedule import run_schedule
 
@@ -88,12 +89,13 @@ class Rounds:
 
 @contextmanager
 def evaluating(chunks: list[Any]) -> Iterator[None]:
-    """Dropout off inside."""
+    """Dropout off inside; nothing that is seen there has an effect on training."""
     modes = [chunk.training for chunk in chunks]
     for chunk in chunks:
         chunk.eval()
     try:
-        yield
+        with scales_kept():
+            yield
     finally:
         for chunk, mode in zip(chunks, modes, strict=True):
             chunk.train(mode)

@@ -36,21 +36,31 @@ _PLAIN = {DType.kFloat32: torch.float32, DType.kBFloat16: torch.bfloat16}
 
 
 def quantize(tensor: torch.Tensor, quantizer: Any, output: Any = None, noop: Any = None) -> Any:
-    """The tensor in FP8, saturated; its largest value joins those seen since the last update."""
+    """The tensor in FP8, saturated, by a scale known before (delayed) or made of it now (current)."""
     assert noop is None
-    fp8 = _FP8[quantizer.dtype]
-    largest = torch.finfo(fp8).max
-    scaled = (tensor.float() * quantizer.scale).clamp(-largest, largest)
-    quantizer.amax.copy_(torch.maximum(quantizer.amax, tensor.float().abs().max()))
     if output is None:
         output = create_empty_quantized_tensor(quantizer, tensor.shape, tensor.dtype, tensor.device, False)
-    data = scaled.to(fp8).view(torch.uint8)
+    if tensor.numel() == 0:
+        return output
+    fp8 = _FP8[quantizer.dtype]
+    largest = torch.finfo(fp8).max
+    amax = tensor.float().abs().max()
+    if hasattr(quantizer, "scale"):
+        quantizer.amax.copy_(torch.maximum(quantizer.amax, amax))  # of all since the last update
+        scale = quantizer.scale
+    else:
+        assert not quantizer.force_pow_2_scales
+        assert quantizer.amax_epsilon == 0
+        if quantizer.with_amax_reduction:
+            torch.distributed.all_reduce(amax, torch.distributed.ReduceOp.MAX, quantizer.amax_reduction_group)
+        scale = torch.where(amax > 0, largest / amax, 1.0)
+    data = (tensor.float() * scale).clamp(-largest, largest).to(fp8).view(torch.uint8)
     if output._data is not None:
         output._data.copy_(data)
     if output._transpose is not None:
         output._transpose.copy_(_transposed(data))
         output._transpose_invalid = False
-    output._scale_inv.copy_(1 / quantizer.scale)
+    output._scale_inv.copy_(1 / scale)
     return output
 
 
@@ -179,3 +189,23 @@ def multi_tensor_l2norm(
 def multi_tensor_scale(chunk_size: int, noop: Any, lists: list[list[torch.Tensor]], scale: float) -> None:
     for source, target in zip(*lists, strict=True):
         target.copy_(source * scale)
+
+
+def compute_amax(input: torch.Tensor, amax: torch.Tensor) -> None:
+    amax.copy_(input.float().abs().max())
+
+
+def multi_tensor_compute_scale_and_scale_inv(
+    chunk_size: int,
+    noop: Any,
+    lists: list[list[torch.Tensor]],
+    max_fp8: float,
+    force_pow_2_scales: bool,
+    amax_epsilon: float,
+) -> None:
+    """Scales of weights that are kept in FP8."""
+    assert not force_pow_2_scales
+    assert amax_epsilon == 0
+    for amax, scale, scale_inv in zip(*lists, strict=True):
+        scale.copy_(torch.where(amax > 0, max_fp8 / amax, 1.0))
+        scale_inv.copy_(1 / scale)
