@@ -22,7 +22,11 @@ class LocalRuns:
 
     A run that another sweep is training is waited for. A mistake of the user's (exit status 2) is likely
     every run's: nothing more is started.
+
+    requeue: whether a signal that comes ahead of a time limit has asked to stop, and to be called again.
     """
+
+    requeue = False
 
     def __init__(self, sweep: SweepFolder, processes: Mapping[str, int], at_once: int) -> None:
         self.sweep, self.processes, self.at_once = sweep, processes, at_once
@@ -32,7 +36,7 @@ class LocalRuns:
     def run(self, show: Callable[[], object]) -> dict[str, int]:
         """The exit status of every run that was started here; `show` is called every second until then."""
         with ExitStack() as stack:
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
                 stack.callback(signal.signal, number, signal.signal(number, self._ask_to_stop))
             pool = stack.enter_context(ThreadPoolExecutor(self.at_once))
             futures: dict[str, Future[int]] = {name: pool.submit(self._run, name) for name in self.processes}
@@ -45,8 +49,9 @@ class LocalRuns:
     def _ask_to_stop(self, number: int, frame: types.FrameType | None) -> None:
         """What trains saves and ends; nothing more is started."""
         self._halted = True
+        self.requeue |= number in (signal.SIGUSR1, signal.SIGUSR2)
         for attempt in list(self._active.values()):
-            attempt.stop(signal.SIGTERM)
+            attempt.stop(signal.SIGTERM)  # the one that torchrun passes on
 
     def _run(self, name: str) -> int:
         attempt = self._active[name] = Attempt(

@@ -87,7 +87,10 @@ def write_table(plan: SweepPlan, path: Path) -> int:
 
 
 def run_here(plan: SweepPlan, at_once: int) -> int:
-    """Trains on this machine what is not finished; the exit status is 1 where a run failed."""
+    """Trains on this machine what is not finished; the exit status is 1 where a run failed.
+
+    75 where SIGUSR1 or SIGUSR2 has stopped it, as ahead of a time limit: call it again.
+    """
     folder = _prepare(plan)
     queue = active_runs(folder)
     if queue:
@@ -109,7 +112,8 @@ def run_here(plan: SweepPlan, at_once: int) -> int:
     unfinished = len(states) - sum(state.state == FINISHED for state in states)
     if unfinished:
         print(f"{unfinished} runs are not finished; call it again to go on", file=sys.stderr)
-    return FAILED if unfinished else DONE
+        return REQUEUE if runs.requeue else FAILED
+    return DONE
 
 
 def submit_missing(plan: SweepPlan) -> int:

@@ -19,7 +19,7 @@ from xdlm_megatron.study.tables import likelihood, write_tables
 
 
 def study(plan: SweepPlan, protocol: Protocol, at_once: int, output: Path) -> int:
-    """Exit status: 0 when all is done, 1 where a run failed. Call it again to go on."""
+    """Exit status: 0 when all is done, else that of the sweep (`run_here`). Call it again to go on."""
     _check(plan, protocol)
     status = run_here(plan, at_once)
     if status:

@@ -105,18 +105,19 @@ def test_two_at_once_share_the_work(path: Path) -> None:
     assert_all_once(path.parent)
 
 
-def test_asked_to_stop_it_stops_and_goes_on_later(path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 75)])
+def test_asked_to_stop_it_stops_and_goes_on_later(number: signal.Signals, status: int, path: Path) -> None:
     process = start(path, "--local", "2")
     wait_for_steps(path.parent, 4)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     code, _, err = end(process)
-    assert code == 1
+    assert code == status
     assert "runs are not finished; call it again to go on" in err
     made = steps_run(path.parent).total()
     assert made <= STANDSTILL
-    status = sweep(path, "--status")[1]
-    assert " stopped " in status
-    assert " missing " in status
+    table = sweep(path, "--status")[1]
+    assert " stopped " in table
+    assert " missing " in table
     assert steps_run(path.parent).total() == made, "nothing goes on behind one's back"
     let_go(path)
     assert sweep(path, "--local", "2")[0] == 0
