@@ -10,7 +10,7 @@ from typing import Any
 from xdlm_megatron.config.load import load_recipe
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.tracking.parent import NAME_TAG
-from xdlm_megatron.tracking.store import checked_uri, connect
+from xdlm_megatron.tracking.store import checked_uri, connect, sqlite_path
 from xdlm_megatron.tracking.tracker import one_line
 
 RECIPE = "recipe.yaml"
@@ -20,7 +20,11 @@ Read = Callable[[], tuple[RunConfig, list[dict[str, Any]]]]
 
 def read_store(uri: str, experiment: str, metric: str) -> Iterator[tuple[str, Read]]:
     """Name of each run and a function that reads it. Raises ValueError where there is no such experiment."""
-    client = connect(checked_uri(uri))
+    uri = checked_uri(uri)
+    database = sqlite_path(uri)
+    if database is not None and not database.exists():  # MLflow would make it
+        raise ValueError(f"{database}: no such file; give the mlflow.db beside the run folders")
+    client = connect(uri)
     try:
         found = client.get_experiment_by_name(experiment)
     except Exception as error:  # MLflow's stores raise their own, requests' and the database's errors

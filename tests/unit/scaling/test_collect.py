@@ -203,3 +203,9 @@ def test_an_mlflow_store_gives_the_same_points(tmp_path: Path) -> None:
     assert set(reasons) == {"stopped", "empty"}
     with pytest.raises(ValueError, match="has no experiment 'other'"):
         collect_mlflow(uri, "other", "total")
+
+
+def test_a_store_that_is_not_there_is_not_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere/mlflow\.db: no such file; give the mlflow\.db beside"):
+        collect_mlflow(f"sqlite:///{tmp_path}/nowhere/mlflow.db", "xdlm", "total")
+    assert not (tmp_path / "nowhere").exists()
