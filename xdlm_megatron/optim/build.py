@@ -51,6 +51,18 @@ def build_optimizer(
     return optimizer
 
 
+def restore_fp8_weights(optimizer: MegatronOptimizer, chunks: list[MegatronModule]) -> None:
+    """Makes weights that are kept in FP8 of the loaded float32 ones, as the update before did.
+
+    A checkpoint has them in bfloat16, and so they were rounded once more when they were loaded.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        part._copy_main_params_to_model_params()
+    for chunk in chunks:
+        if not chunk.ddp_config.overlap_param_gather:  # else the next forward gathers
+            chunk.start_param_sync()
+
+
 def build_lr_schedule(
     schedule: LrSchedule, section: Optimizer, num_steps: int, optimizer: MegatronOptimizer
 ) -> OptimizerParamScheduler:

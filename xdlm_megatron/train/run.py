@@ -35,7 +35,7 @@ from xdlm_megatron.model.build import build_model, forget_training, unwrap, wrap
 from xdlm_megatron.model.layer_spec import who_computes
 from xdlm_megatron.model.objective import Objective
 from xdlm_megatron.model.transformer_config import DTYPES
-from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer
+from xdlm_megatron.optim.build import build_lr_schedule, build_optimizer, restore_fp8_weights
 from xdlm_megatron.optim.ema import Ema
 from xdlm_megatron.optim.offload import begin_moments
 from xdlm_megatron.parallel.kernel_choice import choose_kernels_together
@@ -97,6 +97,8 @@ class Run:
         for index, chunk in enumerate(self.chunks):
             unwrap(chunk).load_state_dict(values[f"model{index}"])
         self.step.optimizer.load_state_dict(values["optimizer"])
+        if self.config.precision.fp8_param_gather:
+            restore_fp8_weights(self.step.optimizer, self.chunks)
         self.step.lr_schedule.load_state_dict(values["lr_schedule"])
         if self.step.ema is not None:
             self.step.ema.load(values["ema"], values["ema_updates"])
