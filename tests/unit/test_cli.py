@@ -356,6 +356,14 @@ def test_files_that_cannot_be_evaluated(
     assert message in mistake("evaluate", trained, flag, f"{rules}{equals}{tmp_path / file}")
 
 
+def test_two_files_of_one_record_are_refused_before_a_model_is_loaded(
+    mistake: Mistake, trained: Path
+) -> None:
+    files = ["--text", "plain=one/test.jsonl", "--text", "plain=two/test.jsonl"]
+    said = mistake("evaluate", trained, *files, "--checkpoint", "/nowhere")
+    assert said == "one/test.jsonl and two/test.jsonl would both be the record 'test'; rename one of them"
+
+
 def test_samples_are_kept_with_what_made_them(
     copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,6 +13,7 @@ from xdlm_megatron.config.derive import run_folder
 from xdlm_megatron.config.load import to_tree
 from xdlm_megatron.config.schema import RunConfig
 from xdlm_megatron.data.build import build_noise
+from xdlm_megatron.data.documents import find_inputs
 from xdlm_megatron.data.errors import DataError
 from xdlm_megatron.data.tokenizer import load_tokenizer
 from xdlm_megatron.evaluation.bound import BoundEvaluator, TimedObjective
@@ -106,6 +107,7 @@ def evaluate(
         raise DataError(
             "--discrete-steps bounds a chain, and model.autoregressive=true runs none; leave it out"
         )
+    _check_files(options)
     path = choose_checkpoint(config, checkpoint)
     with restored(config, path, use_ema) as (mesh, chunks, step):
         kernels = choose_kernels_together(config.train.kernels, mesh)
@@ -141,6 +143,21 @@ def _scored_ids(evaluator: NelboEvaluator) -> np.ndarray:
     whole = replace(evaluator.samples, positions=slice(None))
     clean = whole.clean(np.arange(evaluator.num_sequences))
     return clean.x0_BS[clean.scored_BS].cpu().numpy()
+
+
+def _check_files(options: EvaluateOptions) -> None:
+    """Raises DataError and OSError for what else shows once a model is loaded or a text evaluated."""
+    stems: dict[str, Path] = {}
+    for path in (*(text.path for text in options.texts), *options.choices):
+        other = stems.setdefault(_stem(path), path)
+        if other is not path:
+            raise DataError(
+                f"{other} and {path} would both be the record '{_stem(path)}'; rename one of them"
+            )
+    for text in options.texts:
+        find_inputs((str(text.path),))
+    for questions in options.choices:
+        read_questions(questions)
 
 
 def _stem(path: Path) -> str:
