@@ -356,6 +356,19 @@ def test_files_that_cannot_be_evaluated(
     assert message in mistake("evaluate", trained, flag, f"{rules}{equals}{tmp_path / file}")
 
 
+def test_a_record_that_cannot_be_written_is_not_said_to_be(
+    copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "runs/trained/evaluations"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.write_text("in the way")
+    assert main(["evaluate", str(copied), f"run.output_dir={tmp_path / 'runs'}"]) == 2
+    said = capfd.readouterr()
+    assert "held-out NELBO" in said.out
+    assert "written to" not in said.out
+    assert said.err.startswith(f"error: {folder}: ")
+
+
 def test_two_files_of_one_record_are_refused_before_a_model_is_loaded(
     mistake: Mistake, trained: Path
 ) -> None:

@@ -82,7 +82,7 @@ class Report:
             "unigram_entropy": entropy,
             "reconstruction": [_accuracy_record(each, bin_) for each in accuracy for bin_ in each.by_time],
         }
-        write_record(self._path(name, ".json"), self.model | settings | found_record)
+        self._write(name, self.model | settings | found_record)
         write_by_time(self._path(name, "-by_time.csv"), found.by_time)
         title = f"{self.config.run.name}, {self._path(name, '').name}"
         draw_by_time(self._path(name, "-by_time.png"), found.by_time, title)
@@ -115,14 +115,19 @@ class Report:
             "num_questions": len(found.answers),
             "answers": answers,
         }
-        write_record(self._path(name, ".json"), self.model | settings | found_record)
+        self._write(name, self.model | settings | found_record)
 
     def _path(self, name: str, ending: str) -> Path:
         return self.stem.with_name(f"{self.stem.name}{name}{ending}")
 
     def _say(self, name: str, lines: list[str]) -> None:
         title = [] if not name else [f"{name[1:]}:"]
-        print("\n".join([*title, *lines, f"  written to {self._path(name, '.json')}"]), flush=True)
+        print("\n".join([*title, *lines]), flush=True)
+
+    def _write(self, name: str, record: dict[str, Any]) -> None:
+        path = self._path(name, ".json")
+        write_record(path, record)
+        print(f"  written to {path}", flush=True)
 
 
 def _pm(value: Estimate) -> str:
