@@ -7,6 +7,7 @@ fetched, 6 GB unpacked.
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.dockerfile import as_script, copy_context, make_prefix, run_in_prefix
+from tests.unit.model import engine_kernels
 from tests.unit.test_dockerfile import ROOT, STAGES, apex_stand_in
 
 pytestmark = pytest.mark.skipif(os.environ.get("CI") != "true", reason="fetches 2 GB; CI=true does it")
@@ -33,11 +35,18 @@ source=all.cpp
 exec g++ "${@/*.cpp/$source}" -O0 -w
 """
 NO_GPU = "#!/bin/bash\necho 'GPU 0: of the tests'\n"
+# Arguments of what the tests of FP8 compute in the extension's place.
+KERNELS = {
+    name: list(inspect.signature(kernel).parameters)
+    for name, kernel in vars(engine_kernels).items()
+    if inspect.isfunction(kernel) and not name.startswith(("_", "layernorm"))
+}
 # Of what was compiled and linked: it is called, and calls NVIDIA's libraries, as far as they need no GPU.
-ASK_THE_EXTENSION = """cd /xdlm; /opt/xdlm/bin/python -c '
+ASK_THE_EXTENSION = f"""cd /xdlm; /opt/xdlm/bin/python -c '
 import json, torch, transformer_engine.pytorch, transformer_engine_torch as library, xdlm_megatron
 numbers = [library.get_cublasLt_version(), library.get_cudnn_version()]
-print(json.dumps([torch.version.cuda, numbers, library.generic_gemm.__doc__, xdlm_megatron.__file__]))'
+signatures = dict((name, getattr(library, name).__doc__) for name in "{" ".join(KERNELS)}".split())
+print(json.dumps([torch.version.cuda, numbers, signatures, xdlm_megatron.__file__]))'
 """
 
 
@@ -91,12 +100,19 @@ def test_what_is_installed_has_the_pinned_versions(printed: dict[str, str]) -> N
 
 
 def test_the_extension_calls_the_libraries_that_torch_brought(printed: dict[str, str]) -> None:
-    cuda, (cublas, cudnn), product, ours = json.loads(printed["extension"].splitlines()[-1])
+    cuda, (cublas, cudnn), _, ours = json.loads(printed["extension"].splitlines()[-1])
     assert cuda == "13.0"
     assert cublas // 10000 == 13
     assert cudnn >= 91200  # the oldest that Transformer Engine takes
-    assert "use_split_accumulator: bool" in product
     assert "site-packages/xdlm_megatron/" in ours  # the image has no sources of it
+
+
+def test_the_kernels_of_the_tests_are_called_like_the_compiled_ones(printed: dict[str, str]) -> None:
+    *_, signatures, _ = json.loads(printed["extension"].splitlines()[-1])
+    for name, ours in KERNELS.items():
+        theirs = re.findall(r"(\w+): ", signatures[name].splitlines()[0])
+        theirs = [b if re.fullmatch(r"arg\d+", a) else a for a, b in zip(theirs, ours, strict=True)]
+        assert theirs == ours, name
 
 
 def test_the_image_is_healthy_and_its_command_wants_a_gpu(printed: dict[str, str]) -> None:
