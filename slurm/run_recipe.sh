@@ -77,7 +77,7 @@ requeue() { # REASON
 if [[ ${XDLM_CHECK:-$((SLURM_JOB_NUM_NODES > 1))} == 1 ]]; then
     status=0
     "${srun[@]}" "${in_container[@]}" "${as_rank[@]}" "$python" tools/check_collectives.py || status=$?
-    ((status <= 128)) || requeue "the check of the links was killed (srun: $status)"
+    ((status != 137)) || requeue "the check of the links was killed (srun: $status)" # as by a node that is gone
     ((status == 0)) ||
         fail 1 "the processes do not reach each other, see above; exclude the node it names: sbatch --exclude=NODE"
 fi

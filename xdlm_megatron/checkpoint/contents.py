@@ -8,6 +8,8 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from xdlm_megatron.parallel.fp8_scales import scales_trusted
+
 # The optimizer's state in the model's shapes: any layout loads it.
 FORMAT = {
     "distrib_optim_sharding_type": "fully_reshardable",
@@ -25,6 +27,13 @@ def model_state(chunks: list[Any], groups: ProcessGroupCollection) -> dict[str, 
     return {
         f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)
     }
+
+
+def load_model_state(chunks: list[Any], values: dict[str, Any]) -> None:
+    """Puts what a checkpoint held of model_state's into the bare modules, the scales of FP8 among it."""
+    with scales_trusted():
+        for index, chunk in enumerate(chunks):
+            chunk.load_state_dict(values[f"model{index}"])
 
 
 def optimizer_state(

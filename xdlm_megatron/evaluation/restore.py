@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.core.transformer.module import MegatronModule
 
-from xdlm_megatron.checkpoint.contents import model_state
+from xdlm_megatron.checkpoint.contents import load_model_state, model_state
 from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
     check_whole,
@@ -84,8 +84,7 @@ def restore_model(
         load_into_parameters(state, parameters, lambda ema: load_checkpoint(path, {"ema": ema}, mesh)["ema"])
     else:
         values = load_checkpoint(path, state, mesh)
-        for index, chunk in enumerate(bare):
-            chunk.load_state_dict(values[f"model{index}"])
+        load_model_state(bare, values)
     return chunks, plain["train_state"]["step"]
 
 

@@ -19,7 +19,6 @@ from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from xdlm_megatron.parallel.fp8_scales import scales_trusted
 from xdlm_megatron.parallel.gpu_packages import FUSION, apex
 
 EXTRA_STATE = "_extra_state"
@@ -120,8 +119,7 @@ class DiffusionLM(LanguageModule):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         """torch's; FP8's scales start anew where `state_dict` has none, as of a model in bfloat16."""
         extra = {name: None for name in self.state_dict() if name.endswith(EXTRA_STATE)}
-        with scales_trusted():
-            return super().load_state_dict({**extra, **state_dict}, strict, assign)
+        return super().load_state_dict({**extra, **state_dict}, strict, assign)
 
     def head_weight(self) -> torch.Tensor:
         """This rank's rows [P, H] of the head, which may be the embedding's; last stage only."""

@@ -16,7 +16,7 @@ _TRUST = "NVTE_ALLOW_UNSAFE_PICKLE_EXTRA_STATE"
 def scales_trusted() -> Iterator[None]:
     """Inside, Transformer Engine takes back the scales that it has pickled; it refuses them otherwise.
 
-    Who can read them trusts the checkpoint already: torch has unpickled its index before.
+    For what a checkpoint of ours held alone: torch has unpickled its index before.
     """
     before = os.environ.get(_TRUST)
     os.environ[_TRUST] = "1"
@@ -51,5 +51,7 @@ def _histories() -> list[torch.Tensor]:
     quantization = sys.modules.get("transformer_engine.pytorch.quantization")
     if quantization is None:
         return []
-    buffers = quantization.FP8GlobalStateManager.quantization_state.global_amax_history_buffer
+    manager = quantization.FP8GlobalStateManager
+    state = getattr(manager, "quantization_state", manager)  # the manager has them itself in older versions
+    buffers = state.global_amax_history_buffer
     return [history for histories in buffers.values() for history in histories]

@@ -123,24 +123,12 @@ def open_mesh(
     Raises:
         ValueError: the sizes do not fit the world, or the processes the GPUs.
     """
-    cuda = torch.cuda.is_available()
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        # On every process of the machine, as the first of them alone prints.
-        num_processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
-        if num_processes > torch.cuda.device_count():
-            raise ValueError(
-                f"this machine has {num_processes} processes and {torch.cuda.device_count()} GPUs, and each "
-                "process needs one of its own; start as many processes, or set CUDA_VISIBLE_DEVICES= to use "
-                "the CPU"
-            )
-        torch.cuda.set_device(device)
+    device = _own_device()
     started_here, alone = not dist.is_initialized(), "RANK" not in os.environ
     hook = sys.excepthook
     if started_here:
         dist.init_process_group(
-            "nccl" if cuda else "gloo",
+            "nccl" if device.type == "cuda" else "gloo",
             timeout=datetime.timedelta(minutes=distributed_timeout_minutes),
             **({"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}),
         )
@@ -164,11 +152,29 @@ def open_mesh(
         )
     finally:
         parallel_state.destroy_model_parallel()
-        _forget_groups()
         if started_here:
             dist.destroy_process_group()
             if alone:  # torch's, which says the rank, would otherwise wrap itself at each start
                 sys.excepthook = hook
+        _forget_groups()
+
+
+def _own_device() -> torch.device:
+    """This process's GPU, made the current one, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # On every process of the machine, as the first of them alone prints.
+    num_processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+    if num_processes > torch.cuda.device_count():
+        raise ValueError(
+            f"this machine has {num_processes} processes and {torch.cuda.device_count()} GPUs, and each "
+            "process needs one of its own; start as many processes, or set CUDA_VISIBLE_DEVICES= to use "
+            "the CPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
 
 
 def _forget_groups() -> None:

@@ -89,7 +89,7 @@ def write_table(plan: SweepPlan, path: Path) -> int:
 def run_here(plan: SweepPlan, at_once: int) -> int:
     """Trains on this machine what is not finished; the exit status is 1 where a run failed.
 
-    75 where SIGUSR1 or SIGUSR2 has stopped it, as ahead of a time limit: call it again.
+    75 where nothing but SIGUSR1 or SIGUSR2 has stopped it, as ahead of a time limit: call it again.
     """
     folder = _prepare(plan)
     queue = active_runs(folder)
@@ -104,15 +104,17 @@ def run_here(plan: SweepPlan, at_once: int) -> int:
         statuses = runs.run(lambda: display.show(read_states(folder, plan.points, {})))
     states = read_states(folder, plan.points, {})
     print(summary(plan.name, states))
+    status = REQUEUE if runs.requeue else FAILED
     for state in states:
         code = statuses.get(state.point.name, DONE)
         if code not in (DONE, REQUEUE) and state.state != FINISHED:
             words = state.remark or f"status {code}, see {folder.log(state.point.name)}"
             print(f"error: {state.point.name}: {words}", file=sys.stderr)
+            status = FAILED
     unfinished = len(states) - sum(state.state == FINISHED for state in states)
     if unfinished:
         print(f"{unfinished} runs are not finished; call it again to go on", file=sys.stderr)
-        return REQUEUE if runs.requeue else FAILED
+        return status
     return DONE
 
 

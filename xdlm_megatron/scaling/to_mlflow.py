@@ -37,8 +37,10 @@ def sweep_of(folder: Path, config: RunConfig) -> Sweep | None:
         return None
     for note in (SHIPPED_FILE, REQUEST_FILE):
         if (folder / note).exists():
-            uri = str(read_json(folder / note).get("uri"))
-            return Sweep(uri, tracking.experiment, tracking.parent_run)
+            uri = read_json(folder / note).get("uri")
+            if not uri:
+                raise ValueError(f"{folder / note} names no store; remove it")
+            return Sweep(str(uri), tracking.experiment, tracking.parent_run)
     if tracking.mlflow is None:
         return None
     uri = default_uri(folder) if tracking.mlflow == "local" else tracking.mlflow

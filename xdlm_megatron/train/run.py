@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.core.transformer.module import MegatronModule
 
-from xdlm_megatron.checkpoint.contents import model_state, optimizer_state
+from xdlm_megatron.checkpoint.contents import load_model_state, model_state, optimizer_state
 from xdlm_megatron.checkpoint.reader import (
     CheckpointError,
     check_whole,
@@ -94,8 +94,7 @@ class Run:
         if (self.step.ema is not None) and "ema_updates" not in plain:
             raise CheckpointError(f"{path} holds no EMA and optimizer.ema_decay is on; turn it off to go on")
         values = load_checkpoint(path, self._sharded_state(is_loading=True), self.mesh)
-        for index, chunk in enumerate(self.chunks):
-            unwrap(chunk).load_state_dict(values[f"model{index}"])
+        load_model_state([unwrap(chunk) for chunk in self.chunks], values)
         self.step.optimizer.load_state_dict(values["optimizer"])
         if self.config.precision.fp8_param_gather:
             restore_fp8_weights(self.step.optimizer, self.chunks)
@@ -109,8 +108,7 @@ class Run:
         check_whole(path, self.mesh)
         chunks = [unwrap(chunk) for chunk in self.chunks]
         values = load_checkpoint(path, model_state(chunks, self.mesh.groups), self.mesh)
-        for index, chunk in enumerate(chunks):
-            chunk.load_state_dict(values[f"model{index}"])
+        load_model_state(chunks, values)
         self.step.optimizer.reload_model_params()
         if self.step.ema is not None:
             self.step.ema.restart()
